@@ -175,7 +175,8 @@ def spearman(
         raise ValueError(f"x: got shape {x.shape}, expected at least two items")
     r, s = _centred_ranks(x), _centred_ranks(y)
     rho = (r * s).sum(axis=-1) / jnp.sqrt((r * r).sum(axis=-1) * (s * s).sum(axis=-1))
-    return jnp.where(jnp.isnan(x + y).any(axis=-1), jnp.nan, rho)
+    bad = (jnp.isnan(x) | jnp.isnan(y)).any(axis=-1)
+    return jnp.where(bad, jnp.nan, rho)
 
 
 def _centred_ranks(x: Array) -> Array:

@@ -137,10 +137,9 @@ def chosen_terms(
     """
     W, h = _wide(unembedding), _wide(hidden)
     D, up, down = _direction(W, chosen, rejected), W[chosen], W[rejected]
-    logp = jax.nn.log_softmax(_dot(W, h))
-    p = jnp.exp(logp)
-    # 1 - p_+ from the logarithm: near certainty a difference would leave nothing of it.
-    missing = -jnp.expm1(logp[chosen])
+    p = jax.nn.softmax(_dot(W, h))
+    # 1 - p_+ as a sum: near certainty the difference would be zero and the sign of m lost.
+    missing = p.at[chosen].set(0.0).sum()
     error = missing + p[rejected]
     magnitude = missing * _dot(up, up) + p[rejected] * _dot(down, down) + error * _dot(h, h)
     rest = p.at[chosen].set(0.0).at[rejected].set(0.0)
