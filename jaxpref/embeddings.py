@@ -83,7 +83,7 @@ def direction_geometry(
 
     Returns:
         The two norms, in the unit of `unembedding`. A chosen row of zeros has no direction: then
-        ``along`` is 0 and ``across`` the whole norm.
+        ``along`` is 0 and ``across`` the whole norm. The derivative of a norm of 0 is 0.
 
     Raises:
         ValueError: as `unembedding_direction`.
@@ -208,4 +208,7 @@ def _dot(x: Array, y: Array) -> Array:
 
 
 def _norm(x: Array) -> Array:
-    return jnp.sqrt(_dot(x, x))
+    squared = _dot(x, x)
+    positive = squared > 0  # a norm of zero has derivative zero, not 0 / 0
+    root = jnp.sqrt(jnp.where(positive, squared, jnp.ones_like(squared)))
+    return jnp.where(positive, root, jnp.zeros_like(root))

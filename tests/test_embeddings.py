@@ -138,9 +138,25 @@ def test_near_certainty_the_magnitude_keeps_its_digits():
     np.testing.assert_allclose(terms.magnitude, expected, rtol=1e-12)
 
 
-def test_the_derivative_of_the_direction_is_exact(drawn):
-    W, _ = drawn
-    check_grads(lambda W: embeddings.unembedding_direction(W, **PAIR), (W,), order=1, modes=["rev"])
+@pytest.mark.parametrize("name", ["unembedding_direction", "direction_geometry"])
+def test_derivatives_agree_with_finite_differences(drawn, name):
+    function = getattr(embeddings, name)
+    check_grads(lambda W: function(jnp.asarray(W), **PAIR), drawn[:1], order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        pytest.param([[0.0, 0.0], [3.0, 4.0]], id="zero chosen row"),
+        pytest.param([[1.0, 2.0], [2.0, 4.0]], id="rows along one line"),
+        pytest.param([[1.0, 2.0], [1.0, 2.0]], id="equal rows"),
+    ],
+)
+def test_geometry_has_finite_derivatives_where_a_norm_is_zero(W):
+    slope = jax.jacrev(lambda W: embeddings.direction_geometry(W, chosen=0, rejected=1))(
+        jnp.array(W)
+    )
+    assert all(np.all(np.isfinite(part)) for part in slope)
 
 
 def test_bfloat16_rows_are_summed_in_float32():
