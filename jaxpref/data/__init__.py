@@ -1,0 +1,1 @@
+"""Where pairs come from: tokenizers, files, statements, and batches of token arrays."""
