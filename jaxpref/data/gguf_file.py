@@ -1,0 +1,150 @@
+"""The GGUF container: a header of named fields and tensors, read in a fraction of a second.
+
+The reader of the `gguf` package makes several numpy arrays for every word of the vocabulary, some
+seconds for 50,000 words. Only its formulas for quantised blocks are used here.
+
+Source: the GGUF specification, version 3, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+# Value types of the specification as struct codes; 8 (string) and 9 (array) are read apart.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
+_SCALARS[12] = "d"
+_STRING, _ARRAY = 8, 9
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies in the file."""
+
+    shape: tuple[int, ...]  # numpy order: the last axis is contiguous
+    quantisation: int  # ggml type number
+    start: int  # byte in the file
+
+
+class Gguf(NamedTuple):
+    """The header of one file."""
+
+    path: Path
+    fields: Mapping[str, Any]  # numbers, strings, lists of these
+    tensors: Mapping[str, Tensor]
+
+
+class _Cursor:
+    def __init__(self, content: bytes | memoryview):
+        self.content, self.at = content, 0
+
+    def scalar(self, code: str) -> Any:
+        (value,) = struct.unpack_from("<" + code, self.content, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def string(self) -> str:
+        size = self.scalar("Q")
+        text = self.content[self.at : self.at + size]
+        if len(text) < size:
+            raise struct.error("string ends after the file")
+        self.at += size
+        return str(text, "utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.scalar(_SCALARS[kind])
+        kind, size = self.scalar("I"), self.scalar("Q")
+        if kind in (_STRING, _ARRAY):
+            return [self.value(kind) for _ in range(size)]
+        code = f"<{size}{_SCALARS[kind]}"
+        values = struct.unpack_from(code, self.content, self.at)
+        self.at += struct.calcsize(code)
+        return list(values)
+
+
+def read_gguf(path: str | os.PathLike) -> Gguf:
+    """Read the header of a GGUF file: fields and where the tensors lie.
+
+    Args:
+        path: the file; little-endian, version 2 or 3.
+
+    Returns:
+        `Gguf`; the tensors' data stay on disk until `read_tensor`.
+
+    Raises:
+        ValueError: not a GGUF file, another version, or a header that the file cuts off.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    content = np.memmap(path, mode="r").data if path.stat().st_size else b""
+    cursor = _Cursor(content)
+    try:
+        return _header(path, cursor)
+    except (struct.error, OverflowError, MemoryError):
+        raise ValueError(
+            f"{path}: truncated GGUF, the header breaks off at byte {cursor.at} of {len(content)}"
+        ) from None
+    except KeyError as unknown:
+        raise ValueError(
+            f"{path}: value type {unknown} at byte {cursor.at}, expected 0 to 12 of GGUF 3"
+        ) from None
+
+
+def _header(path: Path, cursor: _Cursor) -> Gguf:
+    magic = bytes(cursor.content[:4])
+    if magic != b"GGUF":
+        raise ValueError(f"{path}: expected a GGUF file (first bytes b'GGUF'), found {magic!r}")
+    cursor.at = 4
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        raise ValueError(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian)")
+    n_tensors, n_fields = cursor.scalar("Q"), cursor.scalar("Q")
+    fields = {}
+    for _ in range(n_fields):
+        name = cursor.string()
+        fields[name] = cursor.value(cursor.scalar("I"))
+    rows = []
+    for _ in range(n_tensors):
+        name = cursor.string()
+        shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
+        rows.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
+    step = fields.get("general.alignment", 32)
+    begin = -(-cursor.at // step) * step
+    return Gguf(path, fields, {n: Tensor(s, kind, begin + at) for n, s, kind, at in rows})
+
+
+def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
+    """One tensor in float32, whatever its quantisation.
+
+    Raises:
+        ValueError: a quantisation that the `gguf` package cannot undo, or a truncated file.
+        KeyError: no tensor of this name.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    shape, number, start = file.tensors[name]
+    try:
+        kind = GGMLQuantizationType(number)
+        block, size = GGML_QUANT_SIZES[kind]
+        width = shape[-1] // block * size
+        found = file.path.stat().st_size - start
+        expected = math.prod(shape[:-1]) * width
+        if found < expected:
+            raise ValueError(
+                f"{file.path}: truncated GGUF, tensor {name} needs {expected} bytes, "
+                f"found {max(found, 0)}"
+            )
+        data = np.memmap(file.path, mode="r", offset=start, shape=(*shape[:-1], width))
+        return dequantize(data, kind).reshape(shape)
+    except NotImplementedError:
+        raise ValueError(
+            f"{file.path}: tensor {name} is quantised as type {number}, which gguf cannot undo"
+        ) from None
