@@ -37,7 +37,7 @@ def test_shipped_statements_are_many_balanced_short_and_distinct():
     assert all('"' not in row.statement for row in rows)
 
 
-def test_each_half_of_the_file_is_balanced():
+def test_shipped_statements_alternate_so_that_every_even_part_is_balanced():
     answers = [row.answer for row in statements.load()]
     assert answers == [" Yes", " No"] * (len(answers) // 2)
 
