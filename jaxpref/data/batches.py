@@ -65,14 +65,15 @@ def order(
         each time); ``"short"`` shows them as a smaller batch, which compiles once more.
 
     Raises:
-      ValueError: another ``last``, a negative step, or a batch that is larger than the data under
-        ``"drop"``.
+      ValueError: another ``last``, a negative step or seed, or under ``"drop"`` a batch that is
+        larger than the data.
 
     >>> order(5, 2, seed=0, step=0), order(5, 2, seed=0, step=1)
     (array([2, 4]), array([3, 0]))
     """
-    if step < 0:
-        raise ValueError(f"step is {step}, expected at least 0")
+    for name, value in (("step", step), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected at least 0")
     epoch, within = divmod(step, steps_per_epoch(n, batch, last=last))
     return _permutation(n, seed, epoch)[within * batch : (within + 1) * batch].copy()
 
