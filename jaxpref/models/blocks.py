@@ -1,0 +1,187 @@
+"""The decoder's parts: norms, rotary positions, attention, MLP, one block."""
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Num
+
+if TYPE_CHECKING:
+    from jaxpref.models.decoder import DecoderConfig
+
+Hidden = Float[Array, "batch time width"]
+Rotation = tuple[Float[Array, "rows time half"], Float[Array, "rows time half"]]  # cosine, sine
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+_normal = nnx.initializers.normal(0.02)
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """At least float32: what norms, angles and softmaxes are computed in."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
+    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled as Llama 3 does."""
+    rotated = 2 * int(config.head_width * config.rope_fraction / 2)
+    frequencies = config.rope_base ** (-np.arange(0, rotated, 2) / rotated)
+    if config.rope_scaling is None:
+        return frequencies
+    scaling = config.rope_scaling
+    turns = scaling.original_positions * frequencies / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (smooth + (1 - smooth) / scaling.factor)
+
+
+def rotation(frequencies: np.ndarray, positions: Num[Array, "rows time"], dtype) -> Rotation:
+    """Cosine and sine of each position's angles."""
+    angles = positions.astype(dtype)[:, :, None] * jnp.asarray(frequencies, dtype)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "batch time heads head"], by: Rotation) -> Array:
+    """Rotates the first dimensions of each head, paired half against half; the rest stay."""
+    cosine, sine = (part[:, :, None, :].astype(x.dtype) for part in by)
+    half = cosine.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+
+
+class Norm(nnx.Module):
+    """RMS norm, LayerNorm, or LayerNorm without parameters; computed in at least float32."""
+
+    def __init__(self, config: "DecoderConfig", width: int, *, kind: str, dtype, param_dtype):
+        if kind != "layer_plain":
+            self.scale = nnx.Param(jnp.full(width, 1.0 - config.norm_offset, param_dtype))
+        if kind == "layer":
+            self.bias = nnx.Param(jnp.zeros(width, param_dtype))
+        self.epsilon, self.offset = config.norm_epsilon, config.norm_offset
+        self.kind, self.dtype = kind, dtype
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalises the last axis."""
+        x = x.astype(wide(x.dtype))
+        if self.kind != "rms":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        if self.kind != "layer_plain":
+            x = x * (self.scale[...].astype(x.dtype) + self.offset).reshape(shape)
+        if self.kind == "layer":
+            x = x + self.bias[...].astype(x.dtype).reshape(shape)
+        return x.astype(self.dtype)
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` on the last axis."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs, dtype, param_dtype):
+        self.kernel = nnx.Param(_normal(rngs.params(), (inputs, outputs), param_dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
+        self.has_bias, self.dtype = bias, dtype
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """One matrix product over all tokens of the batch."""
+        y = x @ self.kernel[...].astype(self.dtype)
+        return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; keys and values are never repeated."""
+
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
+        c, types = config, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
+        self.query = Linear(c.width, queries, bias=c.qkv_bias, **types)
+        self.key = Linear(c.width, keys, bias=c.qkv_bias, **types)
+        self.value = Linear(c.width, keys, bias=c.qkv_bias, **types)
+        self.output = Linear(queries, c.width, bias=c.output_bias, **types)
+        if c.query_key_norm:
+            norm = partial(Norm, c, c.head_width, kind="rms", dtype=dtype, param_dtype=param_dtype)
+            self.query_norm, self.key_norm = norm(), norm()
+        self.config = config
+
+    def __call__(
+        self, x: Hidden, by: Rotation | None, attend: Bool[Array, "batch time time"] | None
+    ) -> Hidden:
+        """Mixes the tokens of each sequence."""
+        c, (batch, time, _) = self.config, x.shape
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if c.clip_qkv is not None:
+            query, key, value = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (query, key, value))
+        query = query.reshape(batch, time, c.heads, c.head_width)
+        key = key.reshape(batch, time, c.kv_heads, c.head_width)
+        value = value.reshape(batch, time, c.kv_heads, c.head_width)
+        if c.query_key_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if by is not None:
+            query, key = rotate(query, by), rotate(key, by)
+        query = query.reshape(batch, time, c.kv_heads, -1, c.head_width) / math.sqrt(c.head_width)
+        mixed = _mix(query, key, value, attend)
+        return self.output(mixed.reshape(batch, time, c.heads * c.head_width))
+
+
+def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
+    """Softmax attention of query groups ``[batch time kv group head]``, in at least float32."""
+    time, accumulate = key.shape[1], wide(key.dtype)
+    logits = jnp.einsum("bqkgd,bskd->bkgqs", query, key, preferred_element_type=accumulate)
+    if attend is None:
+        seen = jnp.tril(jnp.ones((time, time), bool))[None, None, None]
+    else:
+        seen = attend[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(accumulate).min), axis=-1)
+    if attend is not None:  # a row that attends to nothing: zeros
+        weights = jnp.where(seen, weights, jnp.zeros((), accumulate))
+    return jnp.einsum("bkgqs,bskd->bqkgd", weights.astype(value.dtype), value)
+
+
+class Mlp(nnx.Module):
+    """``down(activation(gate x) * up x)``, or ``down(activation(up x))`` without a gate."""
+
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
+        c = config
+        linear = partial(
+            Linear, bias=c.mlp_bias, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )  # fmt: skip
+        if c.gated:
+            self.gate = linear(c.width, c.mlp_width)
+        self.up = linear(c.width, c.mlp_width)
+        self.down = linear(c.mlp_width, c.width)
+        self.gated, self.activation = c.gated, c.activation
+
+    def __call__(self, x: Hidden) -> Hidden:
+        """Works on each token alone."""
+        activation = ACTIVATIONS[self.activation]
+        return self.down(
+            activation(self.gate(x)) * self.up(x) if self.gated else activation(self.up(x))
+        )
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each on a norm of the residual stream."""
+
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
+        norm = partial(
+            Norm, config, config.width, kind=config.norm, dtype=dtype, param_dtype=param_dtype
+        )
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.attention = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.mlp = Mlp(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.parallel = config.parallel_residual
+
+    def __call__(
+        self, x: Hidden, by: Rotation | None, attend: Bool[Array, "batch time time"] | None
+    ) -> Hidden:
+        """One layer."""
+        mixed = x + self.attention(self.attention_norm(x), by, attend)
+        return mixed + self.mlp(self.mlp_norm(x if self.parallel else mixed))

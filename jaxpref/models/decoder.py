@@ -1,0 +1,271 @@
+"""One causal decoder for every family the papers use, as pure functions of its parameters.
+
+The families differ in a `DecoderConfig` alone: Llama, Mistral, SmolLM2, GPT-2, GPT-NeoX (Pythia),
+OLMo-1, Gemma-1, Qwen2 and Qwen3. Logits are never made here: a `Policy` gives the hidden states
+after the final norm and, apart from them, the unembedding.
+
+Parameters are addressed by dotted paths, kernels as ``[in, out]``::
+
+    embedding                                        [vocab width]
+    positions                                        [max_positions width]   learned only
+    layers.0.attention_norm.{scale,bias}             [width]
+    layers.0.attention.{query,key,value,output}.{kernel,bias}
+    layers.0.attention.{query_norm,key_norm}.scale   [head_width]
+    layers.0.mlp_norm.{scale,bias}                   [width]
+    layers.0.mlp.{gate,up,down}.{kernel,bias}
+    norm.{scale,bias}                                [width]
+    unembedding                                      [vocab width]           untied only
+
+With ``scan=True`` the number is left out, ``layers.attention...``, and a leading axis counts layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from jaxpref.models import blocks
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of low rotary frequencies for long contexts."""
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Size and family of a decoder.
+
+    Attributes:
+        vocab: Rows of the embedding.
+        width: Of the residual stream.
+        layers: Number of blocks.
+        heads: Query heads.
+        kv_heads: Key and value heads; divides `heads`.
+        head_width: Of each head; even with rope.
+        mlp_width: Of the MLP's middle.
+        norm: RMS norm, LayerNorm, or LayerNorm without parameters (OLMo-1).
+        norm_epsilon: Added to the mean square.
+        norm_offset: Added to the norms' scales; 1 for Gemma.
+        activation: Of the MLP; ``gelu`` is the exact one.
+        gated: ``activation(gate) * up``, else ``activation(up)``.
+        positions: Rotary, or a learned table.
+        max_positions: Rows of the learned table; with rope the longest text the model knows.
+        rope_base: Base of the rotary wave lengths.
+        rope_fraction: Share of each head that is rotated (GPT-NeoX: 0.25).
+        rope_scaling: Llama 3's, or None.
+        parallel_residual: Attention and MLP read the same stream (GPT-NeoX).
+        qkv_bias: Query, key and value have biases (GPT-2, GPT-NeoX, Qwen2).
+        output_bias: So has attention's output.
+        mlp_bias: So have the MLP's products.
+        query_key_norm: RMS norm of each query and key head (Qwen3).
+        clip_qkv: Bound on queries, keys and values (OLMo-1 7B), or None.
+        embedding_scale: Factor on the embedded tokens; ``sqrt(width)`` for Gemma.
+        tied: The unembedding is the embedding.
+
+    Raises:
+        ValueError: a field out of its range; the message names it.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm: Literal["rms", "layer", "layer_plain"] = "rms"
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True
+    positions: Literal["rope", "learned"] = "rope"
+    max_positions: int = 2048
+    rope_base: float = 10_000.0
+    rope_fraction: float = 1.0
+    rope_scaling: RopeScaling | None = None
+    parallel_residual: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_key_norm: bool = False
+    clip_qkv: float | None = None
+    embedding_scale: float = 1.0
+    tied: bool = True
+
+    def __post_init__(self):
+        sizes = "vocab width layers heads kv_heads head_width mlp_width max_positions".split()
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        choices = {
+            "norm": ("rms", "layer", "layer_plain"),
+            "activation": tuple(blocks.ACTIVATIONS),
+            "positions": ("rope", "learned"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {known}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"kv_heads: got {self.kv_heads}, expected a divisor of heads, {self.heads}"
+            )
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"head_width: got {self.head_width}, expected an even number for rope")
+        if not 0 < self.rope_fraction <= 1:
+            raise ValueError(f"rope_fraction: got {self.rope_fraction}, expected in (0, 1]")
+
+
+class Policy(NamedTuple):
+    """A language model as pure functions of its parameters; ``logits = hidden @ unembedding.T``.
+
+    Attributes:
+        hidden: ``(params, tokens, positions=None, attend=None)`` to the hidden states after the
+            final norm, ``[batch time width]``; arguments as `Decoder.__call__`.
+        unembedding: ``params`` to ``[vocab width]``.
+    """
+
+    hidden: Callable[..., Float[Array, "batch time width"]]
+    unembedding: Callable[..., Float[Array, "vocab width"]]
+
+
+class Decoder(nnx.Module):
+    """Tokens to the hidden states after the final norm.
+
+    Args:
+        config: Size and family.
+        rngs: Keys of the initial parameters (normal, standard deviation 0.02; norms one).
+        param_dtype: Of the parameters.
+        compute_dtype: Of the matrix products and the residual stream; norms, rotary angles and
+            softmaxes stay in at least float32.
+        scan: One block with stacked parameters, compiled once for all layers. Compiles faster and
+            runs slower on CPU, where the stacked weights are sliced and their gradients stacked.
+        remat: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
+        scan: bool = False,
+        remat: bool = False,
+    ):
+        types = {"dtype": compute_dtype, "param_dtype": param_dtype}
+
+        def table(rows: int) -> nnx.Param:
+            shape = (rows, config.width)
+            return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
+
+        def block(rngs: nnx.Rngs) -> blocks.Block:
+            return blocks.Block(config, rngs=rngs, **types)
+
+        self.embedding = table(config.vocab)
+        if config.positions == "learned":
+            self.positions = table(config.max_positions)
+        if scan:
+            self.layers = nnx.vmap(block)(rngs.fork(split=config.layers))
+        else:
+            self.layers = nnx.List([block(rngs) for _ in range(config.layers)])
+        self.norm = blocks.Norm(config, config.width, kind=config.norm, **types)
+        if not config.tied:
+            self.unembedding = table(config.vocab)
+        self.config, self.compute_dtype = config, compute_dtype
+        self.scan, self.remat = scan, remat
+
+    def __call__(
+        self,
+        tokens: Int[Array | np.ndarray, "batch time"],
+        positions: Int[Array | np.ndarray, "batch time"] | None = None,
+        attend: Bool[Array | np.ndarray, "batch time time"] | None = None,
+    ) -> Float[Array, "batch time width"]:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: Token ids. Ids outside the vocabulary read its nearest row.
+            positions: Of each token from 0; None counts from the left. On padding any value does.
+            attend: Which tokens (last axis) each token sees, causality included; None sees itself
+                and all before it, which is right for padding on the right. A token that sees
+                nothing gets finite numbers of no meaning.
+        """
+        config = self.config
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.compute_dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if positions is None:
+            positions = np.arange(tokens.shape[1])[None]
+        positions, by = jnp.asarray(positions), None
+        if config.positions == "learned":
+            placed = jnp.take(self.positions[...], positions, axis=0, mode="clip")
+            x = x + jnp.broadcast_to(placed.astype(x.dtype), x.shape)
+        else:
+            frequencies = blocks.rope_frequencies(config)
+            by = blocks.rotation(frequencies, positions, blocks.wide(self.compute_dtype))
+        return self.norm(self._blocks(x, by, None if attend is None else jnp.asarray(attend)))
+
+    def _blocks(self, x: Array, by: blocks.Rotation | None, attend: Array | None) -> Array:
+        def apply(graph, params, x):
+            return nnx.merge(graph, params)(x, by, attend)
+
+        if self.remat:
+            apply = jax.checkpoint(apply, static_argnums=0)
+        if not self.scan:
+            for block in self.layers:
+                x = apply(*nnx.split(block), x)
+            return x
+        graph, stacked = nnx.split(self.layers)
+        return jax.lax.scan(lambda x, params: (apply(graph, params, x), None), x, stacked)[0]
+
+
+def functional(model: Decoder) -> tuple[Policy, nnx.State]:
+    """A decoder as a `Policy` and its parameters.
+
+    Args:
+        model: The module; later changes of it have no effect.
+
+    Returns:
+        ``(policy, params)``, ``params`` a pytree of arrays (see the module's docstring).
+    """
+    graph, params = nnx.split(model, nnx.Param)
+    name = "embedding" if model.config.tied else "unembedding"
+
+    def hidden(params, tokens, positions=None, attend=None):
+        return nnx.merge(graph, params)(tokens, positions, attend)
+
+    return Policy(hidden, lambda params: params[name][...]), params
+
+
+def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, nnx.State]:
+    """`functional` without numbers: each leaf a ``jax.ShapeDtypeStruct``.
+
+    Args:
+        config: Size and family.
+        **options: Of `Decoder`.
+    """
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
+    return functional(model)
+
+
+def stack_layers(params: nnx.State) -> nnx.State:
+    """Parameters of an unrolled decoder as those of a scanned one."""
+    layers = [params["layers"][i] for i in sorted(params["layers"])]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return nnx.State({**params, "layers": stacked})
+
+
+def unstack_layers(params: nnx.State) -> nnx.State:
+    """Parameters of a scanned decoder as those of an unrolled one."""
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}
+    return nnx.State({**params, "layers": layers})
