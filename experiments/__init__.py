@@ -1,0 +1,1 @@
+"""One file a claim. Run one with ``python -m experiments.<name> --help``."""
