@@ -30,7 +30,8 @@ def tokenizer_with(*, adds_bos):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(VOCAB[:3])
-    template = "<s>{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    template = "<s>{% for m in messages %}{{ m.content or raise_exception('no content') }}<turn>"
+    template += "{% endfor %}"
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     return Tokenizer(backend, special, adds_bos, template)
 
@@ -86,6 +87,7 @@ def test_read_takes_a_byte_order_mark_and_windows_line_ends(tmp_path):
         (ROW | {"prompt": []}, "prompt is a list, expected a text or chat messages"),
         (ROW | {"chosen": None}, "chosen is a NoneType, expected a text or one assistant message"),
         (ROW | {"chosen": [{"role": "user", "content": "b"}]}, "chosen is a list, expected a text"),
+        (ROW | {"chosen": [{"role": "assistant", "content": "b"}] * 2}, "chosen is a list"),
         (ROW | {"rejected": " \n"}, "rejected is an empty response"),
         (ROW | {"rejected": "b"}, "chosen and rejected are identical"),
     ],
@@ -128,6 +130,7 @@ def test_pair_by_hand(plain):
     assert pair.starts == (1, 2)
     assert pair.merged == (True, False)
     assert counts == pairs.Counts(kept=1, dropped=0, truncated=0, merged=1)
+    assert one(TextPair("xa", "b", "bb"), plain)[1].merged == 2
 
 
 @pytest.mark.parametrize(("end", "closing"), [(None, []), ("eos", [EOS]), (TURN, [TURN])])
@@ -167,6 +170,7 @@ def test_messages_go_through_the_chat_template(plain):
         (TextPair("", "c", "d"), "row 1: prompt: no token of it stands before"),
         (TextPair("a", "b", "d"), "row 1: prompt: no token of it stands before"),
         (TextPair("x", "", "d", "F, line 7"), "F, line 7: response: it adds no token"),
+        (TextPair([{"role": "user"}], "c", "d"), "row 1: chat template: no content"),
         (TextPair("x", "c", "c"), "row 1: chosen and rejected have the same token ids"),
     ],
 )

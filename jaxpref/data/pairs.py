@@ -1,7 +1,8 @@
 """Preference pairs as token ids: one text, one split, one BOS, and nothing cut in silence."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -101,24 +102,31 @@ def _end_id(end: int | Literal["eos"] | None, tokenizer: Tokenizer) -> list[int]
 
 def _token_pairs(
     rows: Sequence[TextPair], tokenizer: Tokenizer, end: list[int]
-) -> Iterable[tuple[str, TokenPair]]:
-    prompts = [
-        row.prompt if isinstance(row.prompt, str) else tokenizer.chat(row.prompt) for row in rows
-    ]
-    texts = zip(prompts, rows, strict=True)
-    ids = tokenizer.encode_many([t for p, r in texts for t in (p, p + r.chosen, p + r.rejected)])
-    for number, row in enumerate(rows):
-        place = row.place or f"row {number}"
+) -> Iterator[tuple[str, TokenPair]]:
+    places = [row.place or f"row {number}" for number, row in enumerate(rows)]
+    texts = []
+    for place, row in zip(places, rows, strict=True):
+        with _naming(place):
+            prompt = row.prompt if isinstance(row.prompt, str) else tokenizer.chat(row.prompt)
+        texts += [prompt, prompt + row.chosen, prompt + row.rejected]
+    ids = tokenizer.encode_many(texts)
+    for number, place in enumerate(places):
         prompt, *wholes = ids[3 * number : 3 * number + 3]
-        try:
+        with _naming(place):
             splits = [split_ids(whole, prompt) for whole in wholes]
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
         if wholes[0] == wholes[1]:
             raise DataError(f"{place}: chosen and rejected have the same token ids")
         chosen, rejected = (np.array(s.tokens + end, np.int32) for s in splits)
         starts, merged = zip(*((s.start, s.merged) for s in splits), strict=True)
         yield place, TokenPair((chosen, rejected), starts, merged)
+
+
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 def _excess(pair: TokenPair, prompt_limit: int | None, limit: int | None) -> int:
