@@ -173,8 +173,9 @@ def _digest(records: Sequence[statements.Statement]) -> str:
 
 
 def _padded(
-    questions: Sequence[str], tokenizer, multiple: int = 8
+    questions: Sequence[str], tokenizer, *, multiple: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids ``[questions time]`` on multiples of a length, so that few shapes are compiled."""
     ids = [tokenizer.encode(question + "\n") for question in questions]
     lengths = np.array([len(i) for i in ids])
     tokens = np.zeros((len(ids), -(-lengths.max() // multiple) * multiple), np.int32)
@@ -298,14 +299,11 @@ def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
         optimizer,
     )
     state = step.init_state(jax.tree.map(jnp.copy, params), optimizer, key=jax.random.key(0))
-    tokens, lengths = _padded([s.question for s in questions], model.tokenizer)
     bar = tqdm(range(steps), "supervised phase", unit="update")
     for i in bar:
         rows = batches.order(len(questions), config.sft_batch, seed=config.seed, step=i)
-        batch = Labelled(
-            *(jnp.asarray(x) for x in (tokens[rows], lengths[rows], labels[rows, None]))
-        )
-        state, metrics, _ = update(state, batch)
+        asked = _padded([questions[r].question for r in rows], model.tokenizer, multiple=16)
+        state, metrics, _ = update(state, Labelled(*map(jnp.asarray, (*asked, labels[rows, None]))))
         bar.set_postfix(loss=f"{metrics['loss']:.2f}")
     if kept:
         runs.save_arrays(kept, {str(i): x for i, x in enumerate(jax.tree.leaves(state.params))})
@@ -342,7 +340,7 @@ def _prompt(config: Config, cell: Cell, params) -> tuple[Prompt, int]:
     if cell.prompt >= len(order):
         raise ValueError(f"prompts: got {config.prompts}, expected at most {len(order)}")
     row = rows[order[cell.prompt]]
-    tokens, length = map(jnp.asarray, _padded([records[row].question], tokenizer))
+    tokens, length = map(jnp.asarray, _padded([records[row].question], tokenizer, multiple=8))
     answers = jnp.array([_answers(cell.pair, tokenizer)], jnp.int32)
     empty = Prompt(tokens, length, jnp.zeros(()), answers, jnp.zeros(()))
     hidden = jax.jit(functools.partial(next_token_hidden, policy))(params, empty)
@@ -813,7 +811,7 @@ def main() -> None:
             dataclasses.asdict(config),
             resume=options.resume,
             provenance={
-                "model": _model(config.model).hash,
+                "model": pretrained.hash_params(_model(config.model).params),
                 "data": _digest(_questions(config.data)),
             },
             wandb=options.wandb,
