@@ -1,0 +1,218 @@
+"""The loop: a run that is killed, fills the disk or meets a NaN loses nothing that was good."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import a_batch, a_state, dpo, score
+
+from jaxpref import runs
+from jaxpref.training.checkpoints import Checkpoints
+from jaxpref.training.loop import NotFiniteError, fit
+from jaxpref.training.optimizers import torch_rmsprop
+from jaxpref.training.step import make_step
+
+OPTIMIZER = torch_rmsprop(0.01)
+STEP = make_step(score, dpo, OPTIMIZER)
+
+
+def batch_at(step):
+    return a_batch(seed=step % 5 + 1)
+
+
+def a_run(tmp_path, **options):
+    return runs.create("toy", "run", {"beta": 0.5}, root=tmp_path, **options)
+
+
+def train(run, **options):
+    arguments = {"steps": 7, "run": run, "checkpoint_every": 3, "data": {"seed": 1}} | options
+    return fit(STEP, a_state(OPTIMIZER), arguments.pop("batch_at", batch_at), **arguments)
+
+
+def checkpointed(run):
+    return {int(path.name) for path in (run.path / "checkpoints").iterdir()}
+
+
+def test_a_run_is_the_step_repeated(tmp_path):
+    run = a_run(tmp_path)
+    fitted = train(run)
+    state, losses = a_state(OPTIMIZER), []
+    for step in range(7):
+        state, metrics, _ = STEP(state, batch_at(step))
+        losses.append(float(metrics["loss"]))
+    jax.tree.map(np.testing.assert_array_equal, fitted[:3], state[:3])
+    logged = runs.columns(runs.load(run.path).metrics)
+    assert logged["step"].tolist() == list(range(7))
+    assert logged["loss"].tolist() == losses
+    assert checkpointed(run) == {6, 7}
+
+
+def test_a_longer_run_continues_a_shorter_one(tmp_path):
+    once, twice = a_run(tmp_path / "once"), a_run(tmp_path / "twice")
+    whole = train(once)
+    train(twice, steps=4)
+    continued = train(a_run(tmp_path / "twice", resume=True), steps=7)
+    jax.tree.map(np.testing.assert_array_equal, continued[:3], whole[:3])
+    assert (once.path / "metrics.jsonl").read_bytes() == (twice.path / "metrics.jsonl").read_bytes()
+    again = train(twice)  # nothing is left to do
+    assert int(again.step) == 7
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import jax
+from jaxpref import runs
+from jaxpref.training import checkpoints
+from test_loop import a_run, batch_at, train
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+folder, where = Path(sys.argv[1]), sys.argv[2]
+if where == "in a batch":  # one process does both: first the run that is never killed
+    train(a_run(folder / "whole"))
+    train(a_run(folder / "killed"), batch_at=lambda step: batch_at(step) if step < 5 else kill())
+if where == "in a line":  # half a line is written, steps 3 and 4 are there a second time
+    def half(path, line):
+        with open(path, "ab") as file:
+            file.write(line[: len(line) // 2] if b'"step": 5' in line else line)
+        b'"step": 5' in line and kill()
+    runs._append = half
+    train(a_run(folder / "killed", resume=True))
+if where == "in a checkpoint":  # its files are written, but it is not yet in its place
+    rename = os.rename
+    os.rename = lambda old, new: kill() if "orbax" in str(old) else rename(old, new)
+    train(a_run(folder / "killed", resume=True))
+train(a_run(folder / "killed", resume=True))
+"""
+
+
+def test_a_run_killed_three_times_has_the_same_bits(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_ENABLE_X64": "1"}
+
+    def start(where):
+        command = [sys.executable, "-c", KILLED, str(tmp_path), where]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+    killed = tmp_path / "killed" / "toy" / "run"
+    for where, checkpoint, lines in (
+        ("in a batch", 3, 5),
+        ("in a line", 3, 5),
+        ("in a checkpoint", 3, 6),
+    ):
+        done = start(where)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        with Checkpoints(killed / "checkpoints") as checkpoints:
+            assert checkpoints.latest == checkpoint
+        assert len(runs.load(killed).metrics) == lines
+    done = start("nowhere")
+    assert done.returncode == 0, done.stderr
+
+    whole = tmp_path / "whole" / "toy" / "run"
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    ends = []
+    for path in (killed, whole):
+        with Checkpoints(path / "checkpoints") as checkpoints:
+            assert checkpoints.latest == 7
+            ends.append(checkpoints.restore(a_state(OPTIMIZER), data={"seed": 1}))
+    jax.tree.map(np.testing.assert_array_equal, ends[0][:3], ends[1][:3])
+
+
+@pytest.mark.parametrize("first_bad", [0, 4])
+def test_a_bad_batch_stops_the_run_and_keeps_the_state_before(tmp_path, first_bad):
+    def poisoned(step):
+        batch = batch_at(step)
+        bad = batch.features.at[2, 0].set(jnp.nan)
+        return batch._replace(features=bad) if step >= first_bad else batch
+
+    run = a_run(tmp_path)
+    said = (
+        rf"step {first_bad}: loss is nan, in the batch of rows \[100, 101, .* 107\], scores not "
+        rf"finite in \[102\]; the state before is .*checkpoints/{first_bad}$"
+    )
+    with pytest.raises(NotFiniteError, match=said):
+        train(run, batch_at=poisoned)
+    good = a_state(OPTIMIZER)
+    for step in range(first_bad):
+        good, _, _ = STEP(good, batch_at(step))
+    with Checkpoints(run.path / "checkpoints") as checkpoints:
+        assert checkpoints.latest == first_bad
+        kept = checkpoints.restore(a_state(OPTIMIZER), data={"seed": 1})
+    jax.tree.map(np.testing.assert_array_equal, kept[:3], good[:3])
+    assert len(runs.load(run.path).metrics) == first_bad
+    repaired = train(a_run(tmp_path, resume=True))
+    jax.tree.map(np.testing.assert_array_equal, repaired[:3], train(a_run(tmp_path / "w"))[:3])
+
+
+def test_a_gradient_that_overflows_is_named(tmp_path):
+    def poisoned(step):
+        batch = batch_at(step)._replace(index=None)
+        return batch._replace(features=batch.features.at[2].set(jnp.array([1e250, -1e250, 1e250])))
+
+    with pytest.raises(NotFiniteError, match="step 0: gradient_norm is inf, in a batch without"):
+        train(a_run(tmp_path), batch_at=poisoned)
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    run = a_run(tmp_path)
+    train(run, checkpoint_every=1, keep=1, metric=lambda state: abs(int(state.step) - 3))
+    assert checkpointed(run) == {3, 7}
+    with Checkpoints(run.path / "checkpoints") as checkpoints:
+        assert checkpoints.best == (3, 0.0)
+
+
+def test_a_full_disk_stops_the_run_and_a_later_start_repairs_it(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    with monkeypatch.context() as patch:
+        write = runs._append
+
+        def full(path, line):
+            if json.loads(line)["step"] == 5:
+                raise OSError(28, "No space left on device", str(path))
+            write(path, line)
+
+        patch.setattr(runs, "_append", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(run)
+    assert len(runs.load(run.path).metrics) == 5
+    repaired = train(a_run(tmp_path, resume=True))
+    jax.tree.map(np.testing.assert_array_equal, repaired[:3], train(a_run(tmp_path / "w"))[:3])
+
+
+def test_another_model_and_other_data_are_refused(tmp_path):
+    run = a_run(tmp_path)
+    train(run, steps=1)
+    with pytest.raises(ValueError, match=r"another model or optimizer: params\.kernel is"):
+        fit(STEP, a_state(OPTIMIZER, width=4), batch_at, steps=2, run=run, checkpoint_every=1)
+    with pytest.raises(ValueError, match="other data: seed is 1, expected 2"):
+        train(run, data={"seed": 2})
+
+
+@pytest.mark.parametrize("name", ["steps", "checkpoint_every"])
+def test_wrong_arguments_are_named(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is 0, expected at least 1"):
+        train(a_run(tmp_path), **{name: 0})
+
+
+def test_progress_is_shown_on_request(tmp_path, capfd):
+    train(a_run(tmp_path))
+    assert capfd.readouterr().err == ""
+    train(a_run(tmp_path / "shown"), progress=True)
+    assert "7/7" in capfd.readouterr().err
+
+
+def test_processes_that_do_not_write_leave_the_run_alone(tmp_path):
+    run = a_run(tmp_path)
+    quiet = dataclasses.replace(run, writes=False)
+    quiet.log(0, {"loss": 1.0})
+    quiet.save(arrays={"a": 1}, summary={"b": 2}, metrics=[])
+    assert {p.name for p in run.path.iterdir()} == {"config.json", "provenance.json"}
