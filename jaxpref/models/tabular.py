@@ -7,7 +7,9 @@ first token of a row of `tokens` is the prompt's number, the rest walk the tree:
 
 They are `Policy` values like a real decoder's, so all that reads a policy works on them, with
 padding on either side and any layout: with `attend` the prefix of a position is what it attends
-to, in order. Positions are not read, and token ids are not checked inside `Policy.hidden`.
+to, in order. A position whose prefix is empty or longer than the table reads zeros, so padding of
+any amount is harmless, and a response longer than the table is the caller's mistake. Positions are
+not read, and token ids are not checked inside `Policy.hidden`.
 `jaxpref.models.enumeration` sums over all responses.
 """
 
@@ -134,9 +136,9 @@ def unconstrained_features(
 
     def hidden(params, tokens, positions=None, attend=None):
         prefix = _prefixes(tokens, attend, vocab=vocab, length=length)
-        return _look_up(params["hidden"], prefix)
+        return _look_up(jnp.asarray(params["hidden"]), prefix)
 
-    return Policy(hidden, lambda params: params["unembedding"]), params
+    return Policy(hidden, lambda params: jnp.asarray(params["unembedding"])), params
 
 
 class _Prefixes(NamedTuple):
@@ -153,7 +155,7 @@ def _table_policy(vocab: int, length: int) -> Policy:
 
     def hidden(params, tokens, positions=None, attend=None):
         prefix = _prefixes(tokens, attend, vocab=vocab, length=length)
-        return _look_up(params["logits"], prefix)
+        return _look_up(jnp.asarray(params["logits"]), prefix)
 
     return Policy(hidden, lambda params: jnp.eye(vocab, dtype=params["logits"].dtype))
 
@@ -167,11 +169,6 @@ def _prefixes(
 ) -> _Prefixes:
     batch, time = tokens.shape
     if attend is None:
-        if time > length + 1:
-            raise ValueError(
-                f"tokens: got {time} of a row, expected at most {length + 1}: one prompt token "
-                f"and a response of {length} (pass attend for padding or other layouts)"
-            )
         attend = jnp.broadcast_to(jnp.tril(jnp.ones((time, time), bool)), (batch, time, time))
     upto = jnp.cumsum(attend, axis=-1, dtype=tokens.dtype)
     count = upto[..., -1]
@@ -180,9 +177,9 @@ def _prefixes(
     places = jnp.array([vocab**k for k in range(length)], tokens.dtype)
     keys = jnp.broadcast_to(tokens[:, None, :], attend.shape)
     digits = keys * places[jnp.clip(after, 0, length - 1)]
-    row = jnp.where(attend & (upto > 1), digits, 0).sum(axis=-1)
-    prompt = jnp.where(attend & (upto == 1), keys, 0).sum(axis=-1)
-    shorter = jnp.cumsum(places) - places  # rows of all shorter prefixes
+    row = jnp.where(attend & (upto > 1), digits, 0).sum(axis=-1, dtype=tokens.dtype)
+    prompt = jnp.where(attend & (upto == 1), keys, 0).sum(axis=-1, dtype=tokens.dtype)
+    shorter = jnp.cumsum(places, dtype=tokens.dtype) - places  # rows of all shorter prefixes
     inside = (count >= 1) & (count <= length)
     return _Prefixes(prompt, row + shorter[jnp.clip(count - 1, 0, length - 1)], inside)
 
