@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+AnyArray = Array | np.ndarray
 
 
 class Drop(NamedTuple):
@@ -17,7 +20,7 @@ class Drop(NamedTuple):
     trough_step: Int[Array, "*batch"]
 
 
-def largest_drop(series: Float[Array, "*batch steps"]) -> Drop:
+def largest_drop(series: Float[AnyArray, "*batch steps"]) -> Drop:
     r"""Largest drop between any two steps, the first included: the paper's peak to trough.
 
     .. math:: \max_{t \le t'} x_t - x_{t'}
@@ -43,6 +46,7 @@ def largest_drop(series: Float[Array, "*batch steps"]) -> Drop:
     References:
         Razin et al. (2024), Table 1, https://arxiv.org/abs/2410.08847
     """
+    series = jnp.asarray(series)
     steps = series.shape[-1]
     if steps == 0:
         raise ValueError(f"series: got shape {series.shape}, expected at least one step")
@@ -57,7 +61,9 @@ def largest_drop(series: Float[Array, "*batch steps"]) -> Drop:
     return Drop(peak - trough, peak, trough, peak_step, trough_step)
 
 
-def displaced(start: Float[Array, "*batch"], end: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+def displaced(
+    start: Float[AnyArray, "*batch"], end: Float[AnyArray, "*batch"]
+) -> Bool[Array, "*batch"]:
     r"""Whether a chosen response became less likely than it was at the start, one by one.
 
     .. math:: \ln \pi_{end}(y^+|x) < \ln \pi_{start}(y^+|x)
@@ -79,11 +85,11 @@ def displaced(start: Float[Array, "*batch"], end: Float[Array, "*batch"]) -> Boo
     References:
         Razin et al. (2024), Definition 1, https://arxiv.org/abs/2410.08847
     """
-    return end < start
+    return jnp.asarray(end) < jnp.asarray(start)
 
 
 def displaced_on_average(
-    start: Float[Array, "*batch examples"], end: Float[Array, "*batch examples"]
+    start: Float[AnyArray, "*batch examples"], end: Float[AnyArray, "*batch examples"]
 ) -> Bool[Array, "*batch"]:
     r"""Whether the mean log-probability of a data set's chosen responses fell.
 
@@ -110,13 +116,13 @@ def displaced_on_average(
     """
     if start.shape[-1] == 0:
         raise ValueError(f"start: got shape {start.shape}, expected at least one example")
-    return displaced(start.mean(axis=-1), end.mean(axis=-1))
+    return displaced(jnp.mean(start, axis=-1), jnp.mean(end, axis=-1))
 
 
 def share_of_gain(
-    before: Float[Array, "*batch vocab"],
-    after: Float[Array, "*batch vocab"],
-    members: Bool[Array, " vocab"],
+    before: Float[AnyArray, "*batch vocab"],
+    after: Float[AnyArray, "*batch vocab"],
+    members: Bool[AnyArray, " vocab"],
 ) -> Float[Array, "*batch"]:
     r"""Share of all gained probability that went to a given set of tokens.
 
@@ -139,14 +145,14 @@ def share_of_gain(
 
     Source: the "tokens increasing most" of Razin et al. (2024), Table 1, as one number.
     """
-    gain = jnp.maximum(after - before, 0.0)
+    gain = jnp.maximum(jnp.asarray(after) - jnp.asarray(before), 0.0)
     total = gain.sum(axis=-1)
     to_members = jnp.where(jnp.broadcast_to(members, gain.shape), gain, 0.0).sum(axis=-1)
     return to_members / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
 def spearman(
-    x: Float[Array, "*batch items"], y: Float[Array, "*batch items"]
+    x: Float[AnyArray, "*batch items"], y: Float[AnyArray, "*batch items"]
 ) -> Float[Array, "*batch"]:
     r"""Spearman's rank correlation, ties given the mean of their ranks.
 
@@ -173,6 +179,7 @@ def spearman(
     """
     if x.shape[-1] < 2:
         raise ValueError(f"x: got shape {x.shape}, expected at least two items")
+    x, y = jnp.asarray(x), jnp.asarray(y)
     r, s = _centred_ranks(x), _centred_ranks(y)
     rho = (r * s).sum(axis=-1) / jnp.sqrt((r * r).sum(axis=-1) * (s * s).sum(axis=-1))
     bad = (jnp.isnan(x) | jnp.isnan(y)).any(axis=-1)

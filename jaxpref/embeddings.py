@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+AnyArray = Array | np.ndarray
 Token = int | np.integer | Int[Array, ""]
 
 
@@ -32,7 +33,7 @@ class ChosenTerms(NamedTuple):
 
 
 def unembedding_direction(
-    unembedding: Float[Array, "vocab width"], *, chosen: Token, rejected: Token
+    unembedding: Float[AnyArray, "vocab width"], *, chosen: Token, rejected: Token
 ) -> Float[Array, " vocab"]:
     r"""How far each token's unembedding lies along the direction of the preference.
 
@@ -66,7 +67,7 @@ def unembedding_direction(
 
 
 def direction_geometry(
-    unembedding: Float[Array, "vocab width"], *, chosen: Token, rejected: Token
+    unembedding: Float[AnyArray, "vocab width"], *, chosen: Token, rejected: Token
 ) -> DirectionGeometry:
     r"""Norms of the parts of ``D = W+ - W-`` along ``W+`` and orthogonal to it.
 
@@ -103,8 +104,8 @@ def direction_geometry(
 
 
 def chosen_terms(
-    unembedding: Float[Array, "vocab width"],
-    hidden: Float[Array, " width"],
+    unembedding: Float[AnyArray, "vocab width"],
+    hidden: Float[AnyArray, " width"],
     *,
     chosen: Token,
     rejected: Token,
@@ -147,8 +148,8 @@ def chosen_terms(
 
 
 def token_rates(
-    unembedding: Float[Array, "vocab width"],
-    hidden: Float[Array, " width"],
+    unembedding: Float[AnyArray, "vocab width"],
+    hidden: Float[AnyArray, " width"],
     *,
     chosen: Token,
     rejected: Token,
@@ -199,7 +200,8 @@ def _direction(W: Array, chosen: Token, rejected: Token) -> Array:
     return W[chosen] - W[rejected]
 
 
-def _wide(x: Array) -> Array:
+def _wide(x: AnyArray) -> Array:
+    x = jnp.asarray(x)
     return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
 
 

@@ -162,3 +162,21 @@ def test_spearman_of_a_whole_vocabulary_in_float32():
 def test_spearman_refuses_a_single_item():
     with pytest.raises(ValueError, match="x: got shape"):
         diagnostics.spearman(jnp.ones(1), jnp.ones(1))
+
+
+def test_arrays_of_numpy_give_the_same_numbers(key):
+    """A saved run is read back as NumPy arrays."""
+    x, y = (
+        jax.nn.softmax(jax.random.normal(k, (3, 9), jnp.float64)) for k in jax.random.split(key)
+    )
+    members = jnp.arange(9) % 3 == 0
+    for function, args in (
+        (diagnostics.largest_drop, (x,)),
+        (diagnostics.displaced, (x, y)),
+        (diagnostics.displaced_on_average, (x, y)),
+        (diagnostics.share_of_gain, (x, y, members)),
+        (diagnostics.spearman, (x, y)),
+    ):
+        jax.tree.map(
+            np.testing.assert_array_equal, function(*args), function(*map(np.asarray, args))
+        )

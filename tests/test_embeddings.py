@@ -141,7 +141,7 @@ def test_near_certainty_the_magnitude_keeps_its_digits():
 @pytest.mark.parametrize("name", ["unembedding_direction", "direction_geometry"])
 def test_derivatives_agree_with_finite_differences(drawn, name):
     function = getattr(embeddings, name)
-    check_grads(lambda W: function(jnp.asarray(W), **PAIR), drawn[:1], order=1, modes=["rev"])
+    check_grads(lambda W: function(W, **PAIR), drawn[:1], order=1, modes=["rev"])
 
 
 @pytest.mark.parametrize(
@@ -198,3 +198,18 @@ def test_a_matrix_of_another_width_is_a_shape_error(drawn):
     W, h = drawn
     with pytest.raises(Exception, match="hidden"):
         embeddings.token_rates(W, h[:-1], **PAIR)
+
+
+def test_arrays_of_numpy_give_the_same_numbers(drawn):
+    W, h = drawn
+    for function, args in (
+        (embeddings.unembedding_direction, (W,)),
+        (embeddings.direction_geometry, (W,)),
+        (embeddings.chosen_terms, (W, h)),
+        (embeddings.token_rates, (W, h)),
+    ):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            function(*args, **PAIR),
+            function(*map(np.asarray, args), **PAIR),
+        )
