@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import uuid
@@ -251,8 +252,8 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
       ValueError: not a whole npz file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a whole npz file: {error}") from None
 
@@ -292,8 +293,9 @@ def _replace(path: Path, content: bytes | memoryview | Callable[[Any], Any]) -> 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _not_saved(error, path, "its last good content is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -345,9 +347,12 @@ def _make(path: Path, files: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     new.chmod(0o755)
-    for name, value in files.items():
-        _save_json(new / f"{name}.json", value)
-    os.rename(new, path)
+    try:
+        for name, value in files.items():
+            _save_json(new / f"{name}.json", value)
+        os.rename(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _come_back(path: Path, settings: Any, hashes: dict[str, str], *, resume: bool) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 AXIS = "data"
@@ -24,8 +26,19 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The same arrays on every device of the mesh: what a state needs before its first step."""
-    return jax.device_put(tree, replicated(mesh))
+    """The same arrays on every device of the mesh: what a state needs before its first step.
+
+    With several processes, each gives the same values, and it is checked that they are the same.
+    """
+
+    def put(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            bits = put(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
+        # Through numpy: an array committed to a device of this process cannot go to all others.
+        return jax.device_put(np.asarray(leaf), replicated(mesh))
+
+    return jax.tree.map(put, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -33,7 +46,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> Any:
+def shard(batch: PyTree, mesh: Mesh | AbstractMesh, *, axis: int = 0) -> Any:
     """Spread ``axis`` of every leaf over the mesh; for use under jit.
 
     Raises:
@@ -49,7 +62,7 @@ def shard(batch: PyTree, mesh: Mesh, *, axis: int = 0) -> Any:
     return jax.lax.with_sharding_constraint(batch, sharding)
 
 
-def check(mesh: Mesh) -> None:
+def check(mesh: Mesh | AbstractMesh) -> None:
     """Refuse a mesh that cannot carry the batch.
 
     Raises:
