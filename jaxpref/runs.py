@@ -153,7 +153,7 @@ def create(
     *,
     root: str | Path = "runs",
     resume: bool = False,
-    provenance: Mapping[str, str] | None = None,
+    provenance: Mapping[str, str | None] | None = None,
     wandb: Literal["off", "offline", "online"] = "off",
 ) -> Run:
     """Make the folder of a run, or come back to it; never overwrites.
@@ -169,7 +169,7 @@ def create(
       wandb: mirror metrics, config and summary there. ``"off"`` does not import it.
 
     Raises:
-      FileExistsError: the run exists, without ``resume``.
+      FileExistsError: the run exists, without ``resume``; or the folder is not a run's.
       ValueError: a name that is not one folder's; an absolute path in ``provenance``; with
         ``resume``, another config, data or model: names what differs.
       ImportError: a mirror is asked for and wandb is not installed.
@@ -179,7 +179,7 @@ def create(
             raise ValueError(f"{argument} is {value!r}, expected the name of one folder")
     hashes = dict(provenance or {})
     for key, value in hashes.items():
-        if PurePath(value).is_absolute():
+        if value is not None and PurePath(value).is_absolute():
             raise ValueError(f"provenance {key} is the absolute path {value!r}, expected a hash")
     module = _wandb(wandb)
     path, settings = Path(root) / experiment / name, _plain(config)
@@ -355,9 +355,13 @@ def _make(path: Path, files: Mapping[str, Any]) -> None:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _come_back(path: Path, settings: Any, hashes: dict[str, str], *, resume: bool) -> None:
+def _come_back(path: Path, settings: Any, hashes: dict[str, Any], *, resume: bool) -> None:
     if not resume:
         raise FileExistsError(f"{path} exists; expected resume, or a name that is free")
+    if not (path / "config.json").exists():
+        raise FileExistsError(f"{path} exists and is not a run; expected a name that is free")
+    for part in path.glob(".*.part"):  # of a process that was killed
+        part.unlink()
     before, made = (_read_json(path / f"{name}.json") for name in ("config", "provenance"))
     for what, was, now in (
         ("config", before, settings),

@@ -111,6 +111,14 @@ def test_a_run_that_exists_is_refused_and_stays_as_it_was(run):
     assert files(run.path.parent) == {"run"}
 
 
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
+    (tmp_path / "toy" / "run").mkdir(parents=True)
+    (tmp_path / "toy" / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="run exists and is not a run"):
+        runs.create("toy", "run", {}, root=tmp_path, resume=True)
+    assert files(tmp_path / "toy" / "run") == {"thesis.txt"}
+
+
 def test_resume_continues_the_same_run_or_makes_it(run):
     run.log(0, {"loss": 1.0})
     root = run.path.parents[1]
@@ -119,6 +127,9 @@ def test_resume_continues_the_same_run_or_makes_it(run):
     again.log(1, {"loss": 0.5})
     assert [line["loss"] for line in runs.load(run.path).metrics] == [1.0, 0.5]
     assert "resumed" not in runs.load(run.path).provenance
+    (run.path / ".arrays.npz.7.part").write_bytes(b"left by a kill")
+    runs.create("toy", "run", Config(), **options)
+    assert files(run.path) == {"config.json", "provenance.json", "metrics.jsonl"}
     new = runs.create("toy", "new", Config(), **options)
     assert runs.load(new.path).config["beta"] == 0.1
 
