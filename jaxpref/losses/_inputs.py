@@ -1,0 +1,68 @@
+"""What every loss does with its arguments before the formula."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Num
+
+AnyArray = Array | np.ndarray
+Hyperparameter = float | int | np.number | Num[AnyArray, ""]
+
+
+def wide(x: AnyArray) -> Array:
+    """At least float32."""
+    x = jnp.asarray(x)
+    return x if jnp.finfo(x.dtype).bits >= 32 else x.astype(jnp.float32)
+
+
+def log_ratio(
+    logp: Float[AnyArray, "*batch"], reference: Float[AnyArray, "*batch"]
+) -> Float[Array, "*batch"]:
+    """``u``: policy less reference. The reference is data, so no gradient enters it."""
+    return wide(logp) - jax.lax.stop_gradient(wide(reference))
+
+
+def counts(lengths: Num[AnyArray, "*batch"], like: Array) -> Float[Array, "*batch"]:
+    """Lengths, integers or not, in the dtype of ``like``."""
+    return jnp.asarray(lengths).astype(like.dtype)
+
+
+def per_token(
+    x: Float[Array, "*batch"], lengths: Num[AnyArray, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Mean over the tokens of a response from their sum; of an empty one the sum, which is 0."""
+    return x / jnp.maximum(counts(lengths, x), 1.0)
+
+
+def positive(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless finite and above 0."""
+    return _number(name, value, like, lambda v: v > 0, "a finite number above 0")
+
+
+def nonnegative(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless finite and at least 0."""
+    return _number(name, value, like, lambda v: v >= 0, "a finite number, 0 or above")
+
+
+def flip_rate(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless in [0, 0.5)."""
+    return _number(name, value, like, lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5")
+
+
+def _number(
+    name: str, value: Hyperparameter, like: Array, accept: Callable[[float], bool], expected: str
+) -> float | Array:
+    """A Python float, which takes any dtype; of a traced value, which cannot be seen, a cast."""
+    if isinstance(value, Tracer):
+        return jnp.asarray(value, like.dtype)
+    numeric = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if not numeric or isinstance(value, bool) or np.ndim(value) != 0:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    number = float(value)
+    if not math.isfinite(number) or not accept(number):
+        raise ValueError(f"{name}: got {number}, expected {expected}")
+    return number

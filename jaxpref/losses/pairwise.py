@@ -1,0 +1,348 @@
+r"""Losses of pairs against a reference model.
+
+``u = logp - reference`` is the log-ratio of a response, ``u_w`` of the chosen one, ``u_l`` of the
+rejected one, ``n_w`` and ``n_l`` the numbers of scored tokens, ``σ`` the logistic function.
+Every loss is ``[*pairs 2] -> [*pairs]``.
+"""
+
+import jax
+from jaxtyping import Array, Float, Num
+
+from jaxpref.losses._inputs import (
+    AnyArray,
+    Hyperparameter,
+    counts,
+    flip_rate,
+    log_ratio,
+    nonnegative,
+    per_token,
+    positive,
+    wide,
+)
+
+
+def margin(x: Float[AnyArray, "*pairs 2"]) -> Float[Array, "*pairs"]:
+    r"""Chosen minus rejected.
+
+    .. math:: x_w - x_l
+
+    Args:
+        x: Any quantity of pairs, chosen first.
+
+    Returns:
+        One difference a pair, in the unit of `x`, at least float32.
+
+    >>> import jax.numpy as jnp
+    >>> float(margin(jnp.array([-3.0, -5.0])))
+    2.0
+
+    References:
+        The reward margin of Rafailov et al. (2023), Section 4, https://arxiv.org/abs/2305.18290
+    """
+    x = wide(x)
+    return x[..., 0] - x[..., 1]
+
+
+def dpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Direct preference optimisation.
+
+    .. math:: -\log\sigma(\beta (u_w - u_l))
+
+    Both responses are pushed equally hard, ``d_w = d_l = β σ(-β(u_w - u_l))``, so only the
+    geometry of their gradients decides what each log-probability does. Sums, never token means.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+
+    Returns:
+        One loss a pair, nats; ``log 2`` where policy and reference agree.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0.
+
+    >>> import jax.numpy as jnp
+    >>> logp = jnp.array([-3.0, -5.0])
+    >>> round(float(dpo(logp, reference=logp)), 6)
+    0.693147
+
+    References:
+        Rafailov et al. (2023), Eq. 7, https://arxiv.org/abs/2305.18290
+    """
+    u = log_ratio(logp, reference)
+    return -jax.nn.log_sigmoid(positive("beta", beta, u) * margin(u))
+
+
+def cdpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    epsilon: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Conservative DPO: cross-entropy with labels that are wrong at a known rate.
+
+    .. math:: -(1-\epsilon)\log\sigma(x) - \epsilon\log\sigma(-x), \quad x = \beta(u_w - u_l)
+
+    ``d_w = d_l = β(σ(-x) - ε)``: the pull turns round past ``x = log((1-ε)/ε)`` and holds the
+    margin there. Newer versions of TRL accept its ``label_smoothing`` for DPO and ignore it.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+        epsilon: Share of swapped labels, from 0 (DPO) to below 0.5.
+
+    Returns:
+        One loss a pair, nats.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `epsilon` not in [0, 0.5).
+
+    References:
+        Mitchell (2023), A note on DPO with noisy preferences, https://ericmitchell.ai/cdpo.pdf
+    """
+    u = log_ratio(logp, reference)
+    epsilon = flip_rate("epsilon", epsilon, u)
+    x = positive("beta", beta, u) * margin(u)
+    return -(1 - epsilon) * jax.nn.log_sigmoid(x) - epsilon * jax.nn.log_sigmoid(-x)
+
+
+def robust_dpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    epsilon: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Robust DPO: its mean over labels swapped at a known rate is the DPO loss of clean ones.
+
+    .. math:: \frac{-(1-\epsilon)\log\sigma(x) + \epsilon\log\sigma(-x)}{1-2\epsilon},
+        \quad x = \beta(u_w - u_l)
+
+    The sign of ``ε`` is opposite to `cdpo`: ``d_w = d_l = β(σ(-x) + ε/(1-2ε))`` never vanishes,
+    and the loss has no lower bound.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+        epsilon: Share of swapped labels, from 0 (DPO) to below 0.5.
+
+    Returns:
+        One loss a pair, nats; may be negative.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `epsilon` not in [0, 0.5).
+
+    References:
+        Chowdhury, Kini and Natarajan (2024), the rDPO loss, https://arxiv.org/abs/2403.00409
+    """
+    u = log_ratio(logp, reference)
+    epsilon = flip_rate("epsilon", epsilon, u)
+    x = positive("beta", beta, u) * margin(u)
+    unscaled = -(1 - epsilon) * jax.nn.log_sigmoid(x) + epsilon * jax.nn.log_sigmoid(-x)
+    return unscaled / (1 - 2 * epsilon)
+
+
+def ipo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    tau: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Identity preference optimisation on summed log-ratios: a margin to reach and keep.
+
+    .. math:: \left(u_w - u_l - \frac{1}{2\tau}\right)^2
+
+    The form of the paper and of the DPO authors' code. Other code (TRL since 0.7.11, HALOs) uses
+    token means, which is `ipo_length_normalised`. The pull turns round past the target.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        tau: Strength of the regularisation, above 0; the target margin is ``1/(2τ)`` nats.
+
+    Returns:
+        One loss a pair, nats squared.
+
+    Raises:
+        ValueError: `tau` is not a finite number above 0.
+
+    References:
+        Azar et al. (2023), Eq. 17, https://arxiv.org/abs/2310.12036
+    """
+    u = log_ratio(logp, reference)
+    return (margin(u) - 1 / (2 * positive("tau", tau, u))) ** 2
+
+
+def ipo_length_normalised(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
+    *,
+    tau: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Identity preference optimisation on log-ratios averaged over tokens.
+
+    .. math:: \left(\frac{u_w}{n_w} - \frac{u_l}{n_l} - \frac{1}{2\tau}\right)^2
+
+    The form of TRL since 0.7.11 (which reports the authors' word that they used it), not of the
+    paper's equation. HALOs divides by the tokens of nonzero log-ratio instead, which is 0/0 where
+    policy and reference agree; here ``n`` counts the scored tokens.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response.
+        tau: Strength of the regularisation, above 0; the target is ``1/(2τ)`` nats a token.
+
+    Returns:
+        One loss a pair, (nats per token) squared. An empty response has a mean of 0.
+
+    Raises:
+        ValueError: `tau` is not a finite number above 0.
+
+    References:
+        Azar et al. (2023), Eq. 17, with token means, https://arxiv.org/abs/2310.12036
+    """
+    u = per_token(log_ratio(logp, reference), lengths)
+    return (margin(u) - 1 / (2 * positive("tau", tau, u))) ** 2
+
+
+def hinge(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+) -> Float[Array, "*pairs"]:
+    r"""Hinge on the log-ratio margin: no pull once it is wide enough.
+
+    .. math:: \max(0, 1 - \beta(u_w - u_l))
+
+    The hinge-norm loss of RSO. TRL calls it SLiC, but `slic_hf` has no reference and a term more.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0; the margin to reach is ``1/β`` nats.
+
+    Returns:
+        One loss a pair, no unit. At the kink the derivative is 0.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0.
+
+    References:
+        Liu et al. (2023), the hinge-norm loss, https://arxiv.org/abs/2309.06657
+    """
+    u = log_ratio(logp, reference)
+    return jax.nn.relu(1 - positive("beta", beta, u) * margin(u))
+
+
+def r_dpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    alpha: Hyperparameter = 0.01,
+) -> Float[Array, "*pairs"]:
+    r"""DPO of a reward that pays for length.
+
+    .. math:: -\log\sigma(\beta(u_w - u_l) + \alpha(n_w - n_l))
+
+    The plus follows from maximising ``r - α n``, whose implicit reward is
+    ``β u + α n``: a longer chosen response is pushed less. ``α`` is not multiplied by ``β``.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response.
+        beta: Inverse temperature, per nat, above 0.
+        alpha: Price of a token, 0 (DPO) or above.
+
+    Returns:
+        One loss a pair, nats.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `alpha` not one of 0 or above.
+
+    References:
+        Park et al. (2024), the length-regularised DPO loss, https://arxiv.org/abs/2403.19159
+    """
+    u = log_ratio(logp, reference)
+    beta, alpha = positive("beta", beta, u), nonnegative("alpha", alpha, u)
+    return -jax.nn.log_sigmoid(beta * margin(u) + alpha * margin(counts(lengths, u)))
+
+
+def dpop(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    lam: Hyperparameter = 50.0,
+) -> Float[Array, "*pairs"]:
+    r"""DPO-positive: a penalty while the chosen response is less likely than under the reference.
+
+    .. math:: -\log\sigma(\beta (u_w - u_l - \lambda \max(0, -u_w)))
+
+    The paper's form, penalty inside the logistic and multiplied by ``β``; some code has it
+    outside. ``d_w/d_l = 1 + λ`` while the penalty is on, 1 otherwise.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+        lam: Weight of the penalty, 0 (DPO) or above.
+
+    Returns:
+        One loss a pair, nats. At ``u_w = 0``, the first step, the penalty has derivative 0.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `lam` not one of 0 or above.
+
+    References:
+        Pal et al. (2024), the DPOP loss, https://arxiv.org/abs/2402.13228
+    """
+    u = log_ratio(logp, reference)
+    beta, lam = positive("beta", beta, u), nonnegative("lam", lam, u)
+    return -jax.nn.log_sigmoid(beta * (margin(u) - lam * jax.nn.relu(-u[..., 0])))
+
+
+def sppo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 1e-3,
+) -> Float[Array, "*pairs"]:
+    r"""Self-play preference optimisation with hard labels: each response has a target of its own.
+
+    .. math:: \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2
+
+    Win probabilities are 1 and 0 and the constant in front is 1, as in TRL's ``sppo_hard``; the
+    authors' code has 1/2 in front and measured win probabilities in place of 1 and 0.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference (the previous iterate); gets no gradient.
+        beta: ``1/η`` of the paper, above 0; the targets are ``±1/(2β)`` nats.
+
+    Returns:
+        One loss a pair, nats squared.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0.
+
+    References:
+        Wu et al. (2024), the SPPO loss with P = 1 and 0, https://arxiv.org/abs/2405.00675
+    """
+    u = log_ratio(logp, reference)
+    target = 1 / (2 * positive("beta", beta, u))
+    return (u[..., 0] - target) ** 2 + (u[..., 1] + target) ** 2
