@@ -1,0 +1,29 @@
+"""Claim: trained to prefer *No* over *Never*, a language model may raise *Yes*.
+
+A margin loss fixes only the difference of two log-probabilities. Where the rest of the probability
+goes is decided by geometry: the tokens whose unembeddings lie along ``W_chosen - W_rejected`` gain,
+whatever they mean.
+
+Protocol: a yes-or-no question about one statement, answered by one token. Optional supervised
+phase on all statements, then 100 updates of a margin loss on one prompt; each seed is another
+prompt. Numbers are taken before each update, from the full next-token distribution.
+
+Run:     python -m experiments.no_vs_never --name mine
+Takes:   DEMO_TAKES
+Expect:  EXPECT
+Source:  Razin, Malladi, Bhaskar, Chen, Arora, Hanin 2024, Section 3, Theorems 4 and 5, Tables 1
+         to 6 and 13, https://arxiv.org/abs/2410.08847
+Read by: notebooks/no_vs_never.ipynb
+"""
+
+from experiments.no_vs_never.figure import draw as draw
+from experiments.no_vs_never.measure import run as run
+from experiments.no_vs_never.measure import supervised as supervised
+from experiments.no_vs_never.measure import train_cell as train_cell
+from experiments.no_vs_never.protocol import SMOKE as SMOKE
+from experiments.no_vs_never.protocol import Cell as Cell
+from experiments.no_vs_never.protocol import Config as Config
+from experiments.no_vs_never.protocol import cells as cells
+from experiments.no_vs_never.report import summarise as summarise
+from experiments.no_vs_never.report import table as table
+from experiments.no_vs_never.report import verdict as verdict

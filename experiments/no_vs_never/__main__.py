@@ -1,0 +1,105 @@
+"""The command line: runs, saves, prints the table and the verdict, draws the figure."""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+import experiments.no_vs_never as lab
+from experiments.no_vs_never.protocol import (
+    Config,
+    answer_ids,
+    cells,
+    digest,
+    load_model,
+    load_questions,
+    tokenizer_of,
+)
+from jaxpref import runs
+from jaxpref.models import pretrained
+
+
+def _validate(config: Config) -> None:
+    """Every error that the settings can have, before any time is spent."""
+    tokenizer = tokenizer_of(config)
+    for name in ("prompts", "updates", "sft_batch"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    for name in ("beta", "tau", *("learning_rates", "sft_learning_rate")):
+        for value in np.atleast_1d(getattr(config, name)):
+            if not value > 0:
+                raise ValueError(f"{name}: got {value}, expected a positive number")
+    if min(config.sft_steps) < 0:
+        raise ValueError(f"sft_steps: got {min(config.sft_steps)}, expected 0 or more")
+    for pair in config.pairs:
+        chosen, rejected = answer_ids(pair, tokenizer)
+        if chosen == rejected:
+            raise ValueError(f"pairs: {pair!r} prefers a word to itself")
+
+
+def _metrics(config: Config, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+    """A line for each update of each cell, numbered through."""
+    steps = itertools.count()
+    for i, cell in enumerate(cells(config)):
+        for update, (loss, logp) in enumerate(
+            zip(arrays["loss"][i], arrays["logp"][i], strict=True)
+        ):
+            yield {
+                "step": next(steps),
+                **cell._asdict(),
+                "update": update,
+                "loss": float(loss),
+                "logp_chosen": float(logp[0]),
+                "logp_rejected": float(logp[1]),
+                "entropy": float(arrays["entropy"][i][update]),
+                "top": int(arrays["top"][i][update]),
+            }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the run goes, and how."""
+
+    config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
+    name: str = "mine"
+    """Folder under runs/no_vs_never."""
+    resume: bool = False
+    """Continue a run that was stopped, from its finished cells; its settings must be the same."""
+    workers: int = 1
+    """Processes that share the cells, each with its own cores. Two are faster than one on CPU."""
+    wandb: Literal["off", "offline", "online"] = "off"
+
+
+def main() -> None:
+    """Runs, saves, prints the table and the verdict, and draws the figure."""
+    options = tyro.cli(Options, prog="python -m experiments.no_vs_never", description=lab.__doc__)
+    config = options.config
+    try:
+        _validate(config)
+        run_folder = runs.create(
+            "no_vs_never",
+            options.name,
+            dataclasses.asdict(config),
+            resume=options.resume,
+            provenance={
+                "model": pretrained.hash_params(load_model(config.model).params),
+                "data": digest(load_questions(config.data)),
+            },
+            wandb=options.wandb,
+        )
+        arrays = lab.run(config, run_folder.path, workers=options.workers)
+    except (ValueError, OSError) as error:
+        sys.exit(f"no_vs_never: {error}")
+    rows = lab.summarise(config, arrays)
+    run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=_metrics(config, arrays))
+    figure = lab.draw(config, arrays)
+    print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
+    print(f"\nfigure: {run_folder.save_figure(figure)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One setting: trajectories, masses, predictions. Several: the map of when the chosen falls."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.no_vs_never.protocol import (
+    Cell,
+    Config,
+    answer_ids,
+    cells,
+    meaning_ids,
+    meanings_of,
+    tokenizer_of,
+)
+
+COLOURS = {"chosen": "#1b6ca8", "rejected": "#777777", "same": "#67b7dc", "opposite": "#c8402f"}
+OTHER = "#b9b9b9"
+
+
+def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
+    """One setting: trajectories, masses and predictions. Several: the map of when it falls."""
+    groups: dict[Cell, list[int]] = {}
+    for i, cell in enumerate(cells(config)):
+        if cell.train == "all":
+            groups.setdefault(cell._replace(prompt=0), []).append(i)
+    if len(groups) > 1:
+        return _draw_map(config, arrays, groups)
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    for (cell, at), panel in zip([*groups.items()] * 3, range(3), strict=True):
+        (_draw_words, _draw_masses, _draw_theory)[panel](panels[panel], config, arrays, cell, at)
+        panels[panel].spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{cell.loss}, learning rate {cell.learning_rate:g}, {cell.sft_steps} supervised updates,"
+        f" {len(at)} prompts",
+        fontsize=11,
+    )
+    return figure
+
+
+def _kinds(config: Config, cell: Cell) -> dict[int, str]:
+    """Token to its side of this pair: chosen, rejected, same or opposite meaning."""
+    tokenizer = tokenizer_of(config)
+    meanings, sides = (
+        meaning_ids(tokenizer),
+        zip(("same", "opposite"), meanings_of(cell.pair), strict=True),
+    )
+    kinds = {t: side for side, meaning in sides for t in meanings.get(meaning or "", [])}
+    return kinds | dict(zip(answer_ids(cell.pair, tokenizer), ("chosen", "rejected"), strict=True))
+
+
+def _band(axes, values: np.ndarray, **style) -> None:
+    """Mean over runs, and the range from the lowest to the highest run."""
+    steps, low, high = np.arange(values.shape[1]), values.min(axis=0), values.max(axis=0)
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+    axes.plot(steps, values.mean(axis=0), **style)
+
+
+def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
+    tokenizer, kinds = tokenizer_of(config), _kinds(config, cell)
+    watched = [t for ids in meaning_ids(tokenizer).values() for t in ids]
+    p = arrays["watched"][at]  # [prompts steps watched]
+    reach = p.mean(axis=0).max(axis=0)
+    for j in [j for j in np.argsort(-reach) if reach[j] > 0.01][:7]:
+        kind = kinds.get(watched[j], "")
+        width = 2.4 if kind in ("chosen", "rejected") else 1.4
+        text = tokenizer.decode([watched[j]])
+        _band(axes, p[:, :, j], color=COLOURS.get(kind, OTHER), lw=width, label=f"{text!r} {kind}")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set(title=f"{cell.pair}: probability of the answers (mean, range)", xlabel="update")
+
+
+def _draw_masses(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
+    p = np.exp(arrays["logp"][at]).mean(axis=0)  # [steps 2]
+    mass = arrays["mass"][at].mean(axis=0)
+    parts = {"chosen": p[:, 0], "same": mass[:, 0], "opposite": mass[:, 1], "rejected": p[:, 1]}
+    names = [
+        "the chosen word",
+        "other words of its meaning",
+        "opposite meaning",
+        "the rejected word",
+    ]
+    axes.stackplot(
+        np.arange(len(p)), list(parts.values()), labels=names, colors=[COLOURS[k] for k in parts]
+    )
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.set(title="Where the probability is (mean)", xlabel="update", ylim=(0, 1))
+    axes.set_xlim(0, len(p) - 1)
+
+
+def _draw_theory(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
+    tokenizer, kinds = tokenizer_of(config), _kinds(config, cell)
+    tokens, predicted = arrays["shown_token"][at[0]], arrays["shown_predicted"][at[0], 2]
+    observed = arrays["shown_change"][at[0], 0]
+    colours = [COLOURS.get(kinds.get(int(t), ""), OTHER) for t in tokens]
+    axes.axline((0, 0), slope=1, color="#999999", lw=0.8, ls="--")
+    axes.scatter(predicted, observed, c=colours, s=14, lw=0)
+    for t, x, y in zip(tokens, predicted, observed, strict=True):
+        if int(t) in kinds:
+            axes.annotate(tokenizer.decode([int(t)]), (x, y), (3, 2), textcoords="offset points",
+                          fontsize=7)  # fmt: skip
+    rho = arrays["spearman"][at, 2, 0, 0].mean()
+    axes.set(
+        title=f"The first update: theory against outcome (Spearman {rho:.2f})",
+        xlabel="predicted change of log-probability (nats)",
+        ylabel="observed (nats), one point a token",
+    )
+
+
+def _draw_map(config: Config, arrays, groups: Mapping[Cell, list[int]]) -> Figure:
+    lines = list(dict.fromkeys(cell._replace(learning_rate=0.0) for cell in groups))
+    rates = config.learning_rates
+    size = (2.6 * len(rates) + 1.4, 1.7 * len(lines) + 0.9)
+    figure, grid = plt.subplots(
+        len(lines), len(rates), figsize=size, sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for cell, at in groups.items():
+        row, column = lines.index(cell._replace(learning_rate=0.0)), rates.index(cell.learning_rate)
+        axes, logp = grid[row, column], arrays["logp"][at, :, 0]
+        change = logp[:, -1] - logp[:, 0]
+        axes.set_facecolor(plt.get_cmap("RdBu")(0.5 + np.clip(change.mean() / 8, -0.35, 0.35)))
+        _band(axes, np.exp(logp), color=COLOURS["chosen"], lw=1.6)
+        _band(axes, arrays["mass"][at, :, 1], color=COLOURS["opposite"], lw=1.2)
+        fell = f"fell in {(change < 0).sum()}/{len(at)}"
+        axes.set_title(f"{change.mean():+.1f} nats, {fell}", fontsize=8, pad=2)
+        if column == 0:
+            text = f"{cell.pair}\n{cell.loss}, SFT {cell.sft_steps}"
+            axes.set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center")
+        if row == len(lines) - 1:
+            axes.set_xlabel(f"update, lr {cell.learning_rate:g}", fontsize=8)
+    grid[0, 0].set(ylim=(0, 1.02), xlim=(0, config.updates))
+    figure.suptitle(
+        "Probability of the chosen answer (blue) and of all words of the opposite meaning (red),\n"
+        "mean and range over prompts; title and ground: change of the chosen's log-probability",
+        fontsize=10,
+    )
+    return figure
