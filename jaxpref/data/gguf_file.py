@@ -127,24 +127,26 @@ def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
         ValueError: a quantisation that the `gguf` package cannot undo, or a truncated file.
         KeyError: no tensor of this name.
     """
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 
     shape, number, start = file.tensors[name]
     try:
-        kind = GGMLQuantizationType(number)
-        block, size = GGML_QUANT_SIZES[kind]
+        kind, (block, size) = {int(k): (k, s) for k, s in GGML_QUANT_SIZES.items()}[number]
         width = shape[-1] // block * size
-        found = file.path.stat().st_size - start
-        expected = math.prod(shape[:-1]) * width
-        if found < expected:
-            raise ValueError(
-                f"{file.path}: truncated GGUF, tensor {name} needs {expected} bytes, "
-                f"found {max(found, 0)}"
-            )
-        data = np.memmap(file.path, mode="r", offset=start, shape=(*shape[:-1], width))
+        data = _mapped(file.path, name, start, (*shape[:-1], width))
         return dequantize(data, kind).reshape(shape)
-    except NotImplementedError:
+    except (NotImplementedError, KeyError):
         raise ValueError(
             f"{file.path}: tensor {name} is quantised as type {number}, which gguf cannot undo"
         ) from None
+
+
+def _mapped(path: Path, name: str, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    found, expected = path.stat().st_size - start, math.prod(shape)
+    if found < expected:
+        raise ValueError(
+            f"{path}: truncated GGUF, tensor {name}: expected {expected} bytes, found "
+            f"{max(found, 0)}"
+        )
+    return np.memmap(path, mode="r", offset=start, shape=shape).view(np.ndarray)

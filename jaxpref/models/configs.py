@@ -81,7 +81,9 @@ def to_json(config: DecoderConfig, family: str) -> dict[str, Any]:
     """
     rows = family_of({"model_type": family}, Path("family"))
     values = {key: getattr(config, field) for field, key in rows.keys.items()}
-    values[rows.keys["activation"]] = _ACTIVATION_NAMES[config.activation]
+    usual = rows.defaults[rows.keys["activation"]]  # of several names for one formula, this one
+    names = _ACTIVATION_NAMES | {_ACTIVATIONS[usual]: usual}
+    values[rows.keys["activation"]] = names[config.activation]
     values |= {**rows.only, "model_type": family, "architectures": [rows.architecture]}
     values |= {"sliding_window": None} if "sliding_window" in rows.defaults else {}
     if config.positions == "rope":
@@ -123,6 +125,11 @@ def _config(values: Values, family: Family) -> DecoderConfig:
         config["embedding_scale"] = math.sqrt(config["width"])
     if config.get("positions") != "learned":
         config |= _rope(values, family)
+        rotated = int(config["head_width"] * config["rope_fraction"])
+        if rotated % 2:
+            raise ValueError(
+                f"rotary positions turn {rotated} of a head's axes, expected an even number"
+            )
     return DecoderConfig(**config)
 
 

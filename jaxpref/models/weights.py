@@ -107,10 +107,12 @@ def names(paths: Iterable[str], layout: Layout) -> dict[str, list[str]]:
         name = f"{theirs}.{'bias' if leaf == 'bias' else 'weight'}"
         name = name if module == "unembedding" else layout.prefix + name
         found.setdefault(name, []).append(path)
-    order = ["query", "key", "value"]
-    for fused in found.values():
-        fused.sort(key=lambda path: order.index(path.split(".")[-2]) if len(fused) > 1 else 0)
-    return found
+    return {name: sorted(inside, key=_place) for name, inside in found.items()}
+
+
+def _place(path: str) -> int:
+    """In a tensor that holds several: query, key, value."""
+    return next((i for i, part in enumerate(("query", "key", "value")) if f".{part}." in path), 0)
 
 
 def _transposed(path: str, layout: Layout) -> bool:
