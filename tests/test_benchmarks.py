@@ -1,0 +1,67 @@
+"""The benchmark runs at smoke size and says what it promises to say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import frameworks, train_step
+
+
+def test_smoke_size_prints_a_row_and_the_ratios(capsys):
+    result = train_step.main(train_step.SMOKE)
+    *_, row, last = capsys.readouterr().out.splitlines()
+    assert row.split()[:2] == ["2x8", "jaxpref"]
+    assert json.loads(last) == result
+    assert result["2x8"].keys() == {"step", "first_step", "memory", "of_gemm_peak", "gemm_peak"}
+    assert result["2x8"]["memory"] > 0 < result["2x8"]["of_gemm_peak"]
+
+
+def test_ratios_are_ours_over_theirs(capsys):
+    config = dataclasses.replace(train_step.SMOKE, frameworks=("jaxpref", "torch"))
+    logp = np.zeros((2, 2, 4))
+    ours = train_step.Measured(logp, 1.0, [0.5], steps=[1.0, 2.0, 9.0], products=[1.0], memory=3)
+    theirs = train_step.Measured(logp, 1.0, [0.4], steps=[2.0, 4.0, 4.0], products=[2.0], memory=4)
+    size = frameworks.Size(2, 8, 4)
+    result = train_step.report(config, size, {"jaxpref": ours, "torch": theirs})
+    # Of the neighbouring steps' ratios 0.5, 0.5 and 2.25 the median.
+    assert result["vs_torch_time"] == 0.5
+    assert result["vs_torch_memory"] == 0.75
+    assert result["vs_torch_loss"] == pytest.approx(0.1)
+    # The peak is that of the faster product, 64 rows in one second.
+    assert result["gemm_peak"] == 2 * 64**3
+    assert result["of_gemm_peak"] == train_step.work("tiny", size, "jaxpref") / 2 / 2**19
+
+
+def test_work_of_a_layer_counted_by_hand():
+    # 2 tokens a sequence, 1 of them prompt: ours encodes the prompt alone, 1 token a pair, and
+    # makes 2 rows of logits; the plain layout encodes 4 tokens and makes 4 rows.
+    size = frameworks.Size(pairs=1, time=2, prompt=1)
+    weights = 32 * (3 * 48 + 2 * 8 * (4 + 2))
+    ours, plain = (train_step.work("tiny", size, name) for name in ("jaxpref", "torch"))
+    head = 64 * 32
+    assert plain == 6 * (2 * (weights * 4 + 2 * 32 * 4) + 4 * head)
+    assert ours == 6 * (2 * (weights * 1 + 2 * 32 * 0.5) + 2 * head)
+
+
+def test_log_probabilities_that_differ_void_the_comparison():
+    size = frameworks.Size(2, 8, 4)
+    near, far = np.zeros(3), np.array([0.0, 2e-4, 0.0])
+    train_step.agree(size, {"jaxpref": near, "torch": near + 5e-5})
+    for bad in (far, np.full(3, np.nan)):
+        with pytest.raises(SystemExit, match="void: jaxpref and torch differ"):
+            train_step.agree(size, {"jaxpref": near, "torch": bad})
+
+
+def test_batch_shares_the_prompt_and_nothing_after_it():
+    ids = frameworks.tokens(frameworks.Size(pairs=3, time=8, prompt=5), vocab=64)
+    assert ids.shape == (3, 2, 8)
+    assert 0 <= ids.min() <= ids.max() < 64
+    assert (ids[:, 0, :5] == ids[:, 1, :5]).all()
+    assert (ids[:, 0, 5] != ids[:, 1, 5]).all()
+
+
+def test_a_framework_that_is_absent_is_named(capsys):
+    assert train_step.installed(("jaxpref", "no_such_framework")) == ("jaxpref",)
+    assert "no_such_framework: not installed" in capsys.readouterr().out
