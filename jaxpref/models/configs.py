@@ -111,13 +111,9 @@ def _config(values: Values, family: Family) -> DecoderConfig:
     for key, value in {**family.only, "quantization_config": None}.items():
         if (found := values.get(key)) is not None and found != value:
             raise ValueError(f"{key} {found!r} is not supported, expected {value!r}")
-    config: dict[str, Any] = {field: values.get(key) for field, key in family.keys.items()}
-    config |= dict(family.fixed)
-    for field, key in family.keys.items():
-        if config[field] is None and key not in _NULLABLE:
-            raise ValueError(f"key {key} is missing")
+    config = _fields(values, family) | dict(family.fixed)
     config["kv_heads"] = config.get("kv_heads") or config["heads"]
-    config["head_width"] = config.get("head_width") or config["width"] // config["heads"]
+    config["head_width"] = config.get("head_width") or config["width"] // max(config["heads"], 1)
     config["mlp_width"] = config["mlp_width"] or 4 * config["width"]
     config["activation"] = _activation(values, family)
     config["max_positions"] = min(config["max_positions"], _window(values) or math.inf)
@@ -131,6 +127,18 @@ def _config(values: Values, family: Family) -> DecoderConfig:
                 f"rotary positions turn {rotated} of a head's axes, expected an even number"
             )
     return DecoderConfig(**config)
+
+
+def _fields(values: Values, family: Family) -> dict[str, Any]:
+    found = {}
+    for field, key in family.keys.items():
+        value, kind = values.get(key), "word" if field == "activation" else "number"
+        if value is None and key not in _NULLABLE:
+            raise ValueError(f"key {key} is missing, expected a {kind}")
+        if value is not None and not isinstance(value, str if kind == "word" else (int, float)):
+            raise ValueError(f"{key} is {value!r}, expected a {kind}")
+        found[field] = value
+    return found
 
 
 def _activation(values: Values, family: Family) -> str:

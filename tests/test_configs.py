@@ -1,0 +1,303 @@
+"""Published configurations read as decoders, and back; what cannot be computed is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxpref.models.configs import from_json, to_json, window_of
+from jaxpref.models.decoder import DecoderConfig, RopeScaling
+from jaxpref.models.families import FAMILIES
+from jaxpref.models.weights import PretrainedError
+
+PLACE = Path("folder/config.json")
+LLAMA = {  # Llama-3.2-1B
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+}
+MISTRAL = {  # Mistral-7B-v0.1
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "n_ctx": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+PYTHIA = {  # Pythia-70m
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+}
+OLMO = {
+    "model_type": "olmo",
+    "vocab_size": 50304,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "clip_qkv": 8.0,
+    "tie_word_embeddings": False,
+}
+GEMMA = {  # gemma-2b
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_activation": None,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+QWEN2 = {  # Qwen2-0.5B
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "max_window_layers": 24,
+    "tie_word_embeddings": True,
+}
+QWEN3 = {  # Qwen3-0.6B
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+LAYER = {"norm": "layer", "gated": False, "output_bias": True, "mlp_bias": True, "qkv_bias": True}
+EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; the rest by name
+    "llama": DecoderConfig(
+        *(128256, 2048, 16, 32, 8, 64, 8192),
+        max_positions=131072,
+        rope_base=5e5,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
+    ),
+    "mistral": DecoderConfig(*(32000, 4096, 32, 32, 8, 128, 14336), max_positions=4096, tied=False),
+    "gpt2": DecoderConfig(
+        *(50257, 768, 12, 12, 12, 64, 3072),
+        **LAYER,
+        positions="learned",
+        max_positions=1024,
+        activation="gelu_tanh",
+    ),
+    "gpt_neox": DecoderConfig(
+        *(50304, 512, 6, 8, 8, 64, 2048),
+        **LAYER,
+        activation="gelu",
+        rope_fraction=0.25,
+        parallel_residual=True,
+        tied=False,
+    ),
+    "olmo": DecoderConfig(
+        *(50304, 4096, 32, 32, 32, 128, 11008), norm="layer_plain", clip_qkv=8.0, tied=False
+    ),
+    "gemma": DecoderConfig(
+        *(256000, 2048, 18, 8, 1, 256, 16384),
+        norm_epsilon=1e-6,
+        norm_offset=1.0,
+        activation="gelu_tanh",
+        max_positions=8192,
+        embedding_scale=2048**0.5,
+    ),
+    "qwen2": DecoderConfig(
+        *(151936, 896, 24, 14, 2, 64, 4864),
+        norm_epsilon=1e-6,
+        max_positions=131072,
+        rope_base=1e6,
+        qkv_bias=True,
+    ),
+    "qwen3": DecoderConfig(
+        *(151936, 1024, 28, 16, 8, 128, 3072),
+        norm_epsilon=1e-6,
+        max_positions=40960,
+        rope_base=1e6,
+        query_key_norm=True,
+    ),
+}
+PUBLISHED = {c["model_type"]: c for c in (LLAMA, MISTRAL, GPT2, PYTHIA, OLMO, GEMMA, QWEN2, QWEN3)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_configuration_is_this_decoder(family):
+    assert from_json(PUBLISHED[family], PLACE) == EXPECTED[family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_we_write_reads_as_the_same_decoder(family):
+    written = to_json(EXPECTED[family], family)
+    assert written["model_type"] == family
+    assert from_json(written, PLACE) == EXPECTED[family]
+
+
+def test_transformers_5_moved_the_rotary_settings():
+    moved = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}
+    moved["rope_parameters"] = {**LLAMA["rope_scaling"], "rope_theta": 500000.0}
+    assert from_json(moved, PLACE) == EXPECTED["llama"]
+    moved = {k: v for k, v in PYTHIA.items() if not k.startswith("rotary")}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    assert from_json({**moved, "rope_parameters": rope}, PLACE) == EXPECTED["gpt_neox"]
+
+
+def test_absent_settings_mean_what_transformers_means():
+    early = {"num_key_value_heads", "head_dim", "tie_word_embeddings", "attention_bias", "mlp_bias"}
+    found = from_json({k: v for k, v in LLAMA.items() if k not in early}, PLACE)
+    assert (found.kv_heads, found.head_width) == (32, 64)
+    assert not found.tied
+    no_window = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
+    assert from_json(no_window, PLACE).max_positions == 4096
+    assert from_json({**MISTRAL, "sliding_window": None}, PLACE).max_positions == 32768
+
+
+def test_biases_are_read_where_the_family_has_a_switch():
+    found = from_json({**LLAMA, "attention_bias": True, "mlp_bias": True}, PLACE)
+    assert found.qkv_bias
+    assert found.output_bias
+    assert found.mlp_bias
+    found = from_json({**PYTHIA, "attention_bias": False}, PLACE)
+    assert not found.qkv_bias
+    assert not found.output_bias
+    assert found.mlp_bias
+
+
+def test_gemmas_newer_key_for_the_activation_wins():
+    new = {**GEMMA, "hidden_activation": "gelu_pytorch_tanh", "hidden_act": "silu"}
+    assert from_json(new, PLACE) == EXPECTED["gemma"]
+
+
+def test_the_window_counts_where_the_model_slides_it():
+    assert window_of(MISTRAL, PLACE) == 4096
+    assert window_of(LLAMA, PLACE) is None
+    assert window_of(QWEN2, PLACE) is None
+    assert window_of({**QWEN2, "use_sliding_window": True, "sliding_window": 64}, PLACE) == 64
+
+
+ROPE = "rope_scaling"
+
+
+@pytest.mark.parametrize(
+    ("published", "change", "message"),
+    [
+        (LLAMA, {"model_type": "bert"}, "model_type 'bert' is not supported, expected llama, "),
+        (LLAMA, {"model_type": None}, "model_type None is not supported"),
+        (LLAMA, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported, expected silu"),
+        (LLAMA, {"hidden_size": None}, "hidden_size is missing, expected a number"),
+        (LLAMA, {"intermediate_size": None}, "key intermediate_size is missing"),
+        (LLAMA, {"hidden_size": "wide"}, "hidden_size is 'wide', expected a number"),
+        (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "heads: got 0, expected at least 1"),
+        (LLAMA, {"num_key_value_heads": 5}, "kv_heads: got 5, expected a divisor of heads"),
+        (LLAMA, {ROPE: {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
+        (LLAMA, {ROPE: {"rope_type": "llama3"}}, "key factor is missing in the rope parameters"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights False is not supported"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx True is not"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        (GEMMA, {"use_bidirectional_attention": True}, "bidirectional_attention True is not"),
+        (PYTHIA, {"rotary_pct": 0.02}, "turn 1 of a head's axes, expected an even number"),
+    ],
+)
+def test_what_the_decoder_cannot_compute_is_refused(published, change, message):
+    with pytest.raises(PretrainedError, match=message) as error:
+        from_json({**published, **change}, PLACE)
+    assert str(error.value).startswith("folder/config.json: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("llama", {"query_key_norm": True}, "query_key_norm is True, expected False"),
+        ("llama", {"qkv_bias": True}, "qkv_bias is True, expected False"),
+        ("llama", {"norm": "layer"}, "norm is 'layer', expected 'rms'"),
+        ("gpt2", {"kv_heads": 4}, "kv_heads is 4, expected 12"),
+        ("gpt2", {"head_width": 32}, "head_width is 32, expected 64"),
+        ("gemma", {"embedding_scale": 1.0}, "embedding_scale is 1.0"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias is True, expected False"),
+        ("qwen2", {"rope_fraction": 0.5}, "rope_fraction is 0.5, expected 1.0"),
+    ],
+)
+def test_a_family_that_cannot_hold_the_decoder_is_refused(family, change, message):
+    with pytest.raises(PretrainedError, match=message):
+        to_json(dataclasses.replace(EXPECTED[family], **change), family)
+
+
+def test_an_unknown_family_is_refused():
+    with pytest.raises(PretrainedError, match="model_type 'bert' is not supported"):
+        to_json(EXPECTED["llama"], "bert")
