@@ -167,6 +167,17 @@ def test_bfloat16_rows_are_summed_in_float32():
     assert direction.tolist() == [4096.0, 0.0, 4096.0]
 
 
+@pytest.mark.parametrize(
+    "name", ["unembedding_direction", "direction_geometry", "chosen_terms", "token_rates"]
+)
+def test_every_product_asks_for_the_highest_precision(drawn, name):
+    """Machines whose float32 products default to fewer digits would turn signs."""
+    args = drawn if name in ("chosen_terms", "token_rates") else drawn[:1]
+    program = str(jax.make_jaxpr(lambda *x: getattr(embeddings, name)(*x, **PAIR))(*args))
+    assert program.count("dot_general[") > 0
+    assert program.count("Precision.HIGHEST, Precision.HIGHEST") == program.count("dot_general[")
+
+
 def test_a_batch_of_pairs_is_a_vmap(drawn):
     W, _ = drawn
     chosen, rejected = jnp.array([2, 5]), jnp.array([5, 9])
