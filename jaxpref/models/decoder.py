@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from jaxpref.models import blocks
 
@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         return jax.lax.scan(lambda x, params: (apply(graph, params, x), None), x, stacked)[0]
 
 
-def functional(model: Decoder) -> tuple[Policy, nnx.State]:
+def functional(model: Decoder) -> tuple[Policy, PyTree]:
     """A decoder as a `Policy` and its parameters.
 
     Args:
@@ -246,7 +246,7 @@ def functional(model: Decoder) -> tuple[Policy, nnx.State]:
     return Policy(hidden, lambda params: params[name][...]), params
 
 
-def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, nnx.State]:
+def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, PyTree]:
     """`functional` without numbers: each leaf a ``jax.ShapeDtypeStruct``.
 
     Args:
@@ -257,14 +257,14 @@ def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, nnx.State]:
     return functional(model)
 
 
-def stack_layers(params: nnx.State) -> nnx.State:
+def stack_layers(params: PyTree) -> PyTree:
     """Parameters of an unrolled decoder as those of a scanned one."""
     layers = [params["layers"][i] for i in sorted(params["layers"])]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return nnx.State({**params, "layers": stacked})
 
 
-def unstack_layers(params: nnx.State) -> nnx.State:
+def unstack_layers(params: PyTree) -> PyTree:
     """Parameters of a scanned decoder as those of an unrolled one."""
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}
