@@ -130,11 +130,13 @@ def _folder_tensors(folder: Path) -> Source:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        listed = _json(index).get("weight_map", {})
+        listed = _json(index).get("weight_map") or {}
+        if not listed:
+            raise PretrainedError(f"{index}: no weight_map, expected names of tensors and files")
         files = [folder / name for name in sorted(set(listed.values()))]
     else:
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
-        raise PretrainedError(f"{folder}: no model.safetensors(.index.json), found only {found}")
+        raise PretrainedError(f"{folder}: no {single.name} and no {index.name}, found {found}")
     shapes, places, handles = {}, {}, {}
     for file in files:
         handles[file] = _open_safetensors(file, index)
