@@ -1,5 +1,6 @@
 """A model's outputs to token, response and pair log-probabilities. Only this folder reads masks."""
 
+from jaxpref.logprobs.chunked import token_logprobs_chunked as token_logprobs_chunked
 from jaxpref.logprobs.reference import ReferenceCacheError as ReferenceCacheError
 from jaxpref.logprobs.reference import fingerprint as fingerprint
 from jaxpref.logprobs.reference import reference_logprobs as reference_logprobs
@@ -16,4 +17,3 @@ from jaxpref.logprobs.statistics import token_kl as token_kl
 from jaxpref.logprobs.statistics import token_statistics as token_statistics
 from jaxpref.logprobs.tokens import token_logits as token_logits
 from jaxpref.logprobs.tokens import token_logprobs as token_logprobs
-from jaxpref.logprobs.tokens import token_logprobs_chunked as token_logprobs_chunked

