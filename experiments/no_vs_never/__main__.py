@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 import experiments.no_vs_never as lab
+from experiments.no_vs_never.measure import prompt_rows
 from experiments.no_vs_never.protocol import (
     Config,
     answer_ids,
@@ -39,6 +40,7 @@ def _validate(config: Config) -> None:
         chosen, rejected = answer_ids(pair, tokenizer)
         if chosen == rejected:
             raise ValueError(f"pairs: {pair!r} prefers a word to itself")
+        prompt_rows(config, pair)
 
 
 def _metrics(config: Config, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
@@ -76,7 +78,12 @@ class Options:
 
 def main() -> None:
     """Runs, saves, prints the table and the verdict, and draws the figure."""
-    options = tyro.cli(Options, prog="python -m experiments.no_vs_never", description=lab.__doc__)
+    program = "python -m experiments.no_vs_never"
+    options, unknown = tyro.cli(
+        Options, prog=program, description=lab.__doc__, return_unknown_args=True
+    )
+    if unknown:
+        sys.exit(f"no_vs_never: unknown {' '.join(unknown)}, expected what {program} --help lists")
     config = options.config
     try:
         _validate(config)

@@ -187,18 +187,24 @@ def _reader(path: str | None):
     return jax.jit(functools.partial(next_token_hidden, load_model(path).policy))
 
 
-def _prompt(config: Config, cell: Cell, params) -> tuple[Prompt, int]:
-    """The question of this seed, and its row: one whose usual answer the training works against."""
-    tokenizer, records = tokenizer_of(config), load_questions(config.data)
-    usual = " No" if meanings_of(cell.pair)[0] == "affirm" else " Yes"
+def prompt_rows(config: Config, pair: str) -> list[int]:
+    """The seeds' statements: those whose usual answer the training works against, in order."""
+    records = load_questions(config.data)
+    usual = " No" if meanings_of(pair)[0] == "affirm" else " Yes"
     rows = [i for i, s in enumerate(records) if s.answer == usual]
     if len(rows) == 500:  # the persona file: the paper's own prompts
         order = np.array(PAPER_PROMPTS)
     else:
         order = np.random.default_rng(config.seed).permutation(len(rows))
-    if cell.prompt >= len(order):
+    if config.prompts > len(order):
         raise ValueError(f"prompts: got {config.prompts}, expected at most {len(order)}")
-    row = rows[order[cell.prompt]]
+    return [rows[i] for i in order[: config.prompts]]
+
+
+def _prompt(config: Config, cell: Cell, params) -> tuple[Prompt, int]:
+    """The question of this seed, and its row."""
+    tokenizer, records = tokenizer_of(config), load_questions(config.data)
+    row = prompt_rows(config, cell.pair)[cell.prompt]
     tokens, length = map(jnp.asarray, _padded([records[row].question], tokenizer, multiple=8))
     answers = jnp.array([answer_ids(cell.pair, tokenizer)], jnp.int32)
     empty = Prompt(tokens, length, jnp.zeros(()), answers, jnp.zeros(()))
