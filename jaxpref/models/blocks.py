@@ -25,7 +25,7 @@ _normal = nnx.initializers.normal(0.02)
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
     """At least float32: what norms, angles and softmaxes are computed in."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
@@ -90,7 +90,7 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
         self.has_bias, self.dtype = bias, dtype
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
         """One matrix product over all tokens of the batch."""
         y = x @ self.kernel[...].astype(self.dtype)
         return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y

@@ -103,7 +103,16 @@ class DecoderConfig:
     tied: bool = True
 
     def __post_init__(self):
-        sizes = "vocab width layers heads kv_heads head_width mlp_width max_positions".split()
+        sizes = [
+            "vocab",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+            "max_positions",
+        ]
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -175,7 +184,7 @@ class Decoder(nnx.Module):
         if config.positions == "learned":
             self.positions = table(config.max_positions)
         if scan:
-            self.layers = nnx.vmap(block)(rngs.fork(split=config.layers))
+            self.layers = nnx.vmap(block)(rngs.split(config.layers))
         else:
             self.layers = nnx.List([block(rngs) for _ in range(config.layers)])
         self.norm = blocks.Norm(config, config.width, kind=config.norm, **types)
@@ -259,13 +268,26 @@ def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, PyTree]:
 
 def stack_layers(params: PyTree) -> PyTree:
     """Parameters of an unrolled decoder as those of a scanned one."""
-    layers = [params["layers"][i] for i in sorted(params["layers"])]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return nnx.State({**params, "layers": stacked})
+    flat, layers = _layers_apart(params)
+    numbers = sorted({path[1] for path in layers})
+    for path in [path for path in layers if path[1] == numbers[0]]:
+        leaves = [layers[("layers", number, *path[2:])] for number in numbers]
+        flat["layers", *path[2:]] = jax.tree.map(lambda *x: jnp.stack(x), *leaves)
+    return nnx.from_flat_state(flat)
 
 
 def unstack_layers(params: PyTree) -> PyTree:
     """Parameters of a scanned decoder as those of an unrolled one."""
-    count = jax.tree.leaves(params["layers"])[0].shape[0]
-    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(count)}
-    return nnx.State({**params, "layers": layers})
+    flat, layers = _layers_apart(params)
+    for path, stacked in layers.items():
+        for number in range(jax.tree.leaves(stacked)[0].shape[0]):
+            leaf = jax.tree.map(lambda x, number=number: x[number], stacked)
+            flat["layers", number, *path[1:]] = leaf
+    return nnx.from_flat_state(flat)
+
+
+def _layers_apart(params: PyTree) -> tuple[dict, dict]:
+    """Leaves by path: all but the layers' own, and those."""
+    flat = dict(nnx.to_flat_state(params))
+    layers = {path: leaf for path, leaf in flat.items() if path[0] == "layers"}
+    return {path: leaf for path, leaf in flat.items() if path not in layers}, layers

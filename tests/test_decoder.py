@@ -1,0 +1,285 @@
+"""The decoder: one code for every family, held against a loop in NumPy."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from jaxpref.models import blocks, decoder
+from jaxpref.models.decoder import DecoderConfig, RopeScaling
+
+SMALL = DecoderConfig(
+    vocab=13, width=12, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=10, max_positions=32
+)
+LAYER = {"norm": "layer", "qkv_bias": True, "output_bias": True, "mlp_bias": True, "gated": False}
+FAMILIES = {
+    "llama": SMALL,
+    "llama3": dataclasses.replace(SMALL, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "gpt2": dataclasses.replace(
+        SMALL, **LAYER, activation="gelu_tanh", positions="learned", kv_heads=4
+    ),
+    "gpt_neox": dataclasses.replace(
+        SMALL, **LAYER, activation="gelu", rope_fraction=0.34, parallel_residual=True, tied=False
+    ),
+    "olmo": dataclasses.replace(SMALL, norm="layer_plain", clip_qkv=0.05),
+    "gemma": dataclasses.replace(
+        SMALL, norm_offset=1.0, activation="gelu_tanh", embedding_scale=12**0.5, kv_heads=1
+    ),
+    "qwen2": dataclasses.replace(SMALL, qkv_bias=True),
+    "qwen3": dataclasses.replace(SMALL, query_key_norm=True),
+}
+TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
+
+
+def build(config, **options):
+    types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
+    policy, params = decoder.functional(
+        decoder.Decoder(config, rngs=nnx.Rngs(0), **types | options)
+    )
+    # Away from the initial ones and zeros, so that every scale and bias counts.
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    shaken = jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape, x.dtype), params
+    )
+    return policy._replace(hidden=jax.jit(policy.hidden)), shaken
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=list(FAMILIES))
+def family(request):
+    config = FAMILIES[request.param]
+    return config, *build(config)
+
+
+# -- A second implementation: one sequence, one position, one head at a time
+
+
+def naive(config, params, tokens, positions):
+    get = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.asarray(x)
+        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+
+    def norm(x, name, kind=config.norm):
+        if kind != "rms":
+            x = x - x.mean()
+        x = x / np.sqrt((x * x).mean() + config.norm_epsilon)
+        if kind == "layer_plain":
+            return x
+        x = x * (get[f"{name}.scale"] + config.norm_offset)
+        return x + get[f"{name}.bias"] if kind == "layer" else x
+
+    def linear(x, name):
+        return x @ get[f"{name}.kernel"] + get.get(f"{name}.bias", 0.0)
+
+    def rope(x, position):
+        x, rotated = x.copy(), 2 * int(config.head_width * config.rope_fraction / 2)
+        for i in range(rotated // 2):
+            speed = config.rope_base ** (-2 * i / rotated)
+            if config.rope_scaling:
+                s = config.rope_scaling
+                wave = 2 * np.pi / speed
+                if wave > s.original_positions / s.low_frequency_factor:
+                    speed /= s.factor
+                elif wave > s.original_positions / s.high_frequency_factor:
+                    low, high = s.low_frequency_factor, s.high_frequency_factor
+                    mix = (s.original_positions / wave - low) / (high - low)
+                    speed = (1 - mix) * speed / s.factor + mix * speed
+            turn = np.exp(1j * position * speed) * (x[i] + 1j * x[i + rotated // 2])
+            x[i], x[i + rotated // 2] = turn.real, turn.imag
+        return x
+
+    def activation(x):
+        if config.activation == "silu":
+            return x / (1 + np.exp(-x))
+        if config.activation == "gelu_tanh":
+            return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return x / 2 * np.array([1 + math.erf(v / 2**0.5) for v in x])
+
+    def heads(x, name, count, position, *, turned):
+        y = linear(x, f"{name}")
+        if config.clip_qkv:
+            y = np.clip(y, -config.clip_qkv, config.clip_qkv)
+        y = y.reshape(count, config.head_width)
+        if turned and config.query_key_norm:
+            y = np.stack([norm(row, f"{name}_norm", "rms") for row in y])
+        return np.stack([rope(row, position) for row in y]) if turned and learned is None else y
+
+    learned = get.get("positions")
+    stream = [get["embedding"][t] * config.embedding_scale for t in tokens]
+    if learned is not None:
+        stream = [x + learned[p] for x, p in zip(stream, positions, strict=True)]
+    for layer in range(config.layers):
+        at = f"layers.{layer}"
+        normed = [norm(x, f"{at}.attention_norm") for x in stream]
+        place = list(zip(normed, positions, strict=True))
+        attn = f"{at}.attention"
+        q = [heads(x, f"{attn}.query", config.heads, p, turned=True) for x, p in place]
+        k = [heads(x, f"{attn}.key", config.kv_heads, p, turned=True) for x, p in place]
+        v = [heads(x, f"{attn}.value", config.kv_heads, p, turned=False) for x, p in place]
+        after = []
+        for t, x in enumerate(stream):
+            mixed = []
+            for head in range(config.heads):
+                group = head // (config.heads // config.kv_heads)
+                score = [q[t][head] @ k[s][group] / config.head_width**0.5 for s in range(t + 1)]
+                weight = np.exp(score - np.max(score))
+                weight /= weight.sum()
+                mixed.append(sum(w * v[s][group] for s, w in enumerate(weight)))
+            after.append(x + linear(np.concatenate(mixed), f"{attn}.output"))
+        read = stream if config.parallel_residual else after
+        stream = []
+        for x, mixed in zip(read, after, strict=True):
+            y = norm(x, f"{at}.mlp_norm")
+            up = linear(y, f"{at}.mlp.up")
+            inner = activation(linear(y, f"{at}.mlp.gate")) * up if config.gated else activation(up)
+            stream.append(mixed + linear(inner, f"{at}.mlp.down"))
+    return np.stack([norm(x, "norm") for x in stream])
+
+
+def test_every_family_equals_the_loop(family):
+    config, policy, params = family
+    expected = naive(config, params, TOKENS[1], np.arange(7))
+    hidden = policy.hidden(params, TOKENS)
+    assert hidden.shape == (2, 7, config.width)
+    # Float64; sums of a few dozen terms.
+    np.testing.assert_allclose(hidden[1], expected, rtol=1e-11, atol=1e-12)
+
+
+def test_the_unembedding_is_the_embedding_where_tied(family):
+    config, policy, params = family
+    name = "embedding" if config.tied else "unembedding"
+    np.testing.assert_array_equal(policy.unembedding(params), params[name][...])
+    assert ("unembedding" in params) != config.tied
+
+
+def test_the_future_changes_nothing(family):
+    config, policy, params = family
+    changed = TOKENS.copy()
+    changed[:, 5:] = (changed[:, 5:] + 1) % config.vocab
+    before, after = policy.hidden(params, TOKENS), policy.hidden(params, changed)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before - after)[:, 5:] > 1e-6).any(axis=-1).all()
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 3), (2, 0), (3, 1)])
+def test_padding_changes_nothing(family, left, right):
+    _, policy, params = family
+    padded = np.pad(TOKENS, ((0, 0), (left, right)), constant_values=6)
+    time = padded.shape[1]
+    is_token = np.zeros(time, bool)
+    is_token[left : left + 7] = True
+    positions = np.broadcast_to(np.clip(np.arange(time) - left, 0, None), padded.shape)
+    attend = np.tril(np.ones((time, time), bool)) & is_token[None, :]
+    attend = np.broadcast_to(attend, (2, time, time))
+    hidden = policy.hidden(params, padded, positions, attend)
+    assert jnp.isfinite(hidden).all()  # also of the first padding, which sees nothing
+    np.testing.assert_allclose(
+        hidden[:, left : left + 7], policy.hidden(params, TOKENS), rtol=1e-12, atol=1e-13
+    )
+
+
+def test_a_row_that_sees_nothing_has_finite_derivatives():
+    policy, params = build(SMALL)
+    attend = np.broadcast_to(
+        np.tril(np.ones((7, 7), bool), -1), (2, 7, 7)
+    )  # the first sees nothing
+    gradient = jax.grad(lambda p: jnp.square(policy.hidden(p, TOKENS, None, attend)).sum())(params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+
+
+def test_rope_depends_on_distances_alone():
+    policy, params = build(SMALL)
+    moved = np.broadcast_to(np.arange(7) + 11, TOKENS.shape)
+    np.testing.assert_allclose(
+        policy.hidden(params, TOKENS, moved), policy.hidden(params, TOKENS), rtol=1e-10, atol=1e-12
+    )
+    stretched = np.broadcast_to(2 * np.arange(7), TOKENS.shape)
+    other = policy.hidden(params, TOKENS, stretched)
+    assert np.abs(other - policy.hidden(params, TOKENS)).max() > 1e-3
+
+
+def test_scan_and_remat_change_nothing(family):
+    config, policy, params = family
+    stacked = decoder.stack_layers(params)
+    expected, slope = jax.value_and_grad(lambda p: jnp.sin(policy.hidden(p, TOKENS)).sum())(params)
+    for options in ({"scan": True}, {"scan": True, "remat": True}, {"remat": True}):
+        other, _ = build(config, **options)
+        own = stacked if options.get("scan") else params
+
+        def total(p, other=other):
+            return jnp.sin(other.hidden(p, TOKENS)).sum()
+
+        value, gradient = jax.value_and_grad(total)(own)
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+        gradient = decoder.unstack_layers(gradient) if options.get("scan") else gradient
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_stacking_and_unstacking_are_inverse():
+    _, params = build(SMALL)
+    back = decoder.unstack_layers(decoder.stack_layers(params))
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    _, scanned = build(SMALL, scan=True)
+    assert jax.tree.structure(decoder.stack_layers(params)) == jax.tree.structure(scanned)
+
+
+def test_the_derivative_is_that_of_the_value():
+    config = dataclasses.replace(SMALL, layers=1, query_key_norm=True)
+    policy, params = build(config)
+    # Central differences of step 1e-5: rounding 1e-9, curvature of a few hundred parameters 1e-7.
+    check_grads(
+        lambda p: policy.hidden(p, TOKENS).sum(), (params,), 1, ["rev", "fwd"], 1e-6, 1e-6, eps=1e-5
+    )
+
+
+def test_half_precision_compute_keeps_its_dtype_and_comes_close():
+    policy, params = decoder.functional(
+        decoder.Decoder(SMALL, rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16)
+    )
+    exact, _ = decoder.functional(decoder.Decoder(SMALL, rngs=nnx.Rngs(0)))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    hidden = policy.hidden(params, TOKENS)
+    assert hidden.dtype == jnp.bfloat16
+    # Eight bits of mantissa through two layers; the states are of size one.
+    np.testing.assert_allclose(
+        hidden.astype(jnp.float32), exact.hidden(params, TOKENS), atol=0.05, rtol=0
+    )
+
+
+def test_abstract_has_the_shapes_without_the_numbers():
+    _, params = decoder.functional(decoder.Decoder(SMALL, rngs=nnx.Rngs(0)))
+    policy, shapes = decoder.abstract(SMALL)
+    assert jax.tree.structure(shapes) == jax.tree.structure(params)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes))
+    hidden = jax.eval_shape(policy.hidden, shapes, jax.ShapeDtypeStruct((2, 7), jnp.int32))
+    assert hidden.shape == (2, 7, SMALL.width)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab", 0),
+        ("layers", -1),
+        ("kv_heads", 3),
+        ("head_width", 5),
+        ("norm", "batch"),
+        ("activation", "relu"),
+        ("positions", "sine"),
+        ("rope_fraction", 1.5),
+    ],
+)
+def test_bad_configurations_are_named(field, value):
+    with pytest.raises(Exception, match=field):  # a wrong literal may meet the type checker first
+        dataclasses.replace(SMALL, **{field: value})
+
+
+def test_plain_rope_frequencies_by_hand():
+    config = dataclasses.replace(SMALL, head_width=4, rope_base=100.0)
+    np.testing.assert_allclose(blocks.rope_frequencies(config), [1.0, 0.1])
