@@ -29,7 +29,7 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
-    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled as Llama 3 does."""
+    """Radians a position for each rotated pair of dimensions, ``[half]``, Llama 3 scaling included."""
     rotated = 2 * int(config.head_width * config.rope_fraction / 2)
     frequencies = config.rope_base ** (-np.arange(0, rotated, 2) / rotated)
     if config.rope_scaling is None:

@@ -16,7 +16,7 @@ Parameters are addressed by dotted paths, kernels as ``[in, out]``::
     norm.{scale,bias}                                [width]
     unembedding                                      [vocab width]           untied only
 
-With ``scan=True`` the number is left out, ``layers.attention...``, and a leading axis counts layers.
+With ``scan=True`` the number is left out, ``layers.attention...``, and axis 0 counts layers.
 """
 
 import dataclasses
