@@ -36,7 +36,7 @@ class Config:
     tau: float = 0.01
     """Of IPO: its target margin is ``1 / (2 tau)`` nats."""
     sft_learning_rate: float = 3e-6
-    sft_batch: int = 32
+    sft_batch: int = 16
     decay: float = 0.99
     """Of RMSprop's running mean of squared gradients."""
     seed: int = 0
