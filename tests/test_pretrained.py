@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxpref.models import decoder, pretrained, weights
+from jaxpref.models import decoder, paths, pretrained, weights
 from jaxpref.models.configs import to_json
 from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
@@ -28,15 +28,15 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 def make_params(config, **options):
     """Parameters of another size in each leaf, so that none can stand for another unnoticed."""
-    shapes = weights.shapes(decoder.abstract(config)[1], config.layers)
+    shapes = paths.shapes(decoder.abstract(config)[1], config.layers)
     rng = np.random.default_rng(0)
     arrays = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
-    return weights.unflatten(decoder.abstract(config, **options)[1], arrays, config.layers)
+    return paths.unflatten(decoder.abstract(config, **options)[1], arrays, config.layers)
 
 
 @functools.cache
 def _tensors():
-    return weights.write(weights.flatten(make_params(CONFIG), 2), CONFIG, FAMILIES["llama"].layout)
+    return weights.write(paths.flatten(make_params(CONFIG), 2), CONFIG, FAMILIES["llama"].layout)
 
 
 def tensors_of():
@@ -103,6 +103,11 @@ def write_gguf(path, arch="llama", *, leave_out=(), **tensors):
     return path
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def hidden(policy, params, tokens):
+    return policy.hidden(params, tokens)
+
+
 def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
@@ -128,10 +133,8 @@ def test_what_was_saved_loads_as_the_same_numbers(tmp_path, scan):
 def test_the_loaded_policy_is_the_decoder(tmp_path):
     params = make_params(CONFIG)
     found = pretrained.load(write_folder(tmp_path))
-    policy = decoder.abstract(CONFIG)[0]
-    np.testing.assert_array_equal(
-        found.policy.hidden(found.params, TOKENS), policy.hidden(params, TOKENS)
-    )
+    expected = hidden(decoder.abstract(CONFIG)[0], params, TOKENS)
+    np.testing.assert_array_equal(hidden(found.policy, found.params, TOKENS), expected)
     np.testing.assert_array_equal(found.policy.unembedding(found.params), params["embedding"][...])
 
 
@@ -142,7 +145,7 @@ def test_shards_are_one_model(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_files_of_any_float_become_float32(tmp_path, dtype):
     tensors = {name: x.astype(dtype) for name, x in tensors_of().items()}
-    found = weights.flatten(pretrained.load(write_folder(tmp_path, tensors)).params, 2)
+    found = paths.flatten(pretrained.load(write_folder(tmp_path, tensors)).params, 2)
     embedding = tensors["model.embed_tokens.weight"].astype(np.float32)
     np.testing.assert_array_equal(found["embedding"], embedding)
     assert {x.dtype for x in found.values()} == {np.dtype(np.float32)}
@@ -168,8 +171,9 @@ def test_a_window_lets_short_texts_pass_and_refuses_long_ones(tmp_path):
     change = {"model_type": "mistral", "sliding_window": 7}
     found = pretrained.load(write_folder(tmp_path, **change))
     assert found.config.max_positions == 7
-    plain = decoder.abstract(CONFIG)[0].hidden(found.params, TOKENS[:, :7])
-    np.testing.assert_array_equal(found.policy.hidden(found.params, TOKENS[:, :7]), plain)
+    short = TOKENS[:, :7]
+    plain = hidden(decoder.abstract(CONFIG)[0], found.params, short)
+    np.testing.assert_array_equal(hidden(found.policy, found.params, short), plain)
     with pytest.raises(ValueError, match="tokens: got 8 in a row, expected at most 7"):
         found.policy.hidden(found.params, TOKENS)
 
@@ -350,8 +354,8 @@ def test_smollm2_knows_the_capital_of_france():
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.float32)}
     tokens = np.array([found.tokenizer.encode("The capital of France is")], np.int32)
-    hidden = found.policy.hidden(found.params, tokens)
-    logits = found.policy.unembedding(found.params) @ hidden[0, -1]
+    last = hidden(found.policy, found.params, tokens)[0, -1]
+    logits = found.policy.unembedding(found.params) @ last
     assert found.tokenizer.decode([int(logits.argmax())]) == " Paris"
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref.models import decoder, weights
+from jaxpref.models import decoder, paths, weights
 from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
 from jaxpref.models.sources import _GGUF_LAYOUTS
@@ -54,7 +54,7 @@ def read_one(tensor, name, paths, layout, config):
 
 
 def random_arrays(config):
-    shapes = weights.shapes(decoder.abstract(config)[1], config.layers)
+    shapes = paths.shapes(decoder.abstract(config)[1], config.layers)
     rng = np.random.default_rng(0)
     return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
@@ -118,26 +118,6 @@ def test_names_without_the_prefix_are_a_base_model(family):
     shapes = {path: x.shape for path, x in arrays.items()}
     found = weights.read(source(bare), shapes, config, layout)
     jax.tree.map(np.testing.assert_array_equal, found, arrays)
-
-
-@pytest.mark.parametrize("scan", [False, True])
-def test_parameters_by_path_are_the_tree(scan):
-    params = decoder.abstract(LLAMA, scan=scan)[1]
-    arrays = random_arrays(LLAMA)
-    tree = weights.unflatten(params, arrays, LLAMA.layers)
-    assert jax.tree.map(lambda x: x.shape, tree) == jax.tree.map(lambda x: x.shape, params)
-    found = weights.flatten(tree, LLAMA.layers)
-    assert found.keys() == arrays.keys()
-    jax.tree.map(np.testing.assert_array_equal, found, arrays)
-
-
-def test_stacked_layers_are_the_same_numbers():
-    arrays = random_arrays(LLAMA)
-    trees = [
-        weights.unflatten(decoder.abstract(LLAMA, scan=scan)[1], arrays, LLAMA.layers)
-        for scan in (False, True)
-    ]
-    jax.tree.map(np.testing.assert_array_equal, decoder.stack_layers(trees[0]), trees[1])
 
 
 def check(change, message):

@@ -123,6 +123,13 @@ def _header(path: Path, cursor: _Cursor) -> Gguf:
 def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
     """One tensor in float32, whatever its quantisation.
 
+    Args:
+        file: from `read_gguf`.
+        name: of the tensor.
+
+    Returns:
+        The numbers, the contiguous axis last.
+
     Raises:
         ValueError: a quantisation that the `gguf` package cannot undo, or a truncated file.
         KeyError: no tensor of this name.

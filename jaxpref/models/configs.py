@@ -32,6 +32,13 @@ _NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", "clip_qkv")
 def family_of(values: Values, place: Path) -> Family:
     """The family of a configuration, by its ``model_type``.
 
+    Args:
+      values: content of ``config.json``.
+      place: the file, for messages.
+
+    Returns:
+      Its row in `jaxpref.models.families.FAMILIES`.
+
     Raises:
       PretrainedError: a family that the decoder does not compute.
     """
@@ -53,6 +60,9 @@ def from_json(values: Values, place: Path) -> DecoderConfig:
       values: content of ``config.json``, of transformers 4 or 5.
       place: the file, for messages.
 
+    Returns:
+      The decoder's configuration.
+
     Raises:
       PretrainedError: an unknown family, a missing key, or a setting that the decoder cannot
         compute.
@@ -65,7 +75,15 @@ def from_json(values: Values, place: Path) -> DecoderConfig:
 
 
 def window_of(values: Values, place: Path) -> int | None:
-    """Length of the sliding attention window, None without one."""
+    """How far back attention sees.
+
+    Args:
+      values: content of ``config.json``.
+      place: the file, for messages.
+
+    Returns:
+      Length of the sliding window in tokens, None without one.
+    """
     return _window({**family_of(values, place).defaults, **values})
 
 
@@ -75,6 +93,9 @@ def to_json(config: DecoderConfig, family: str) -> dict[str, Any]:
     Args:
       config: the decoder.
       family: a key of `jaxpref.models.families.FAMILIES`.
+
+    Returns:
+      The content of the file.
 
     Raises:
       PretrainedError: an unknown family, or one that cannot hold this decoder; names the field.

@@ -20,7 +20,7 @@ import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import configs, decoder, weights
+from jaxpref.models import configs, decoder, paths, weights
 from jaxpref.models.decoder import DecoderConfig, Policy
 from jaxpref.models.sources import open_folder, open_gguf
 from jaxpref.models.weights import PretrainedError
@@ -89,9 +89,9 @@ def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
     opened = open_folder(path) if path.is_dir() else open_gguf(path)
     config = configs.from_json(opened.values, opened.described)
     policy, params = decoder.abstract(config, **decoder_options)
-    shapes = weights.shapes(params, config.layers)
+    shapes = paths.shapes(params, config.layers)
     arrays = weights.read(opened.tensors, shapes, config, opened.layout)
-    params = weights.unflatten(params, arrays, config.layers)
+    params = paths.unflatten(params, arrays, config.layers)
     window = configs.window_of(opened.values, opened.described)
     policy = policy if window is None else _within(policy, window)
     tokenizer = None
@@ -147,7 +147,7 @@ def save(
     folder = Path(folder)
     values = configs.to_json(config, family)
     layout = configs.FAMILIES[family].layout
-    arrays = weights.flatten(params, config.layers)
+    arrays = paths.flatten(params, config.layers)
     _check_params(arrays, config)
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -160,8 +160,8 @@ def save(
     _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _check_params(arrays: weights.Arrays, config: DecoderConfig) -> None:
-    expected = weights.shapes(decoder.abstract(config)[1], config.layers)
+def _check_params(arrays: paths.Arrays, config: DecoderConfig) -> None:
+    expected = paths.shapes(decoder.abstract(config)[1], config.layers)
     for path in sorted(expected.keys() | arrays.keys()):
         found = arrays[path].shape if path in arrays else None
         if found != expected.get(path):
@@ -170,7 +170,7 @@ def _check_params(arrays: weights.Arrays, config: DecoderConfig) -> None:
             )
 
 
-def _save_tensors(tensors: weights.Arrays, file: Path) -> None:
+def _save_tensors(tensors: paths.Arrays, file: Path) -> None:
     try:
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
@@ -204,8 +204,9 @@ def hash_params(params: PyTree) -> str:
     """
     found = hashlib.sha256()
     for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
         value = np.ascontiguousarray(leaf)
-        found.update(f"{path} {value.dtype.str} {value.dtype.name} {value.shape}\n".encode())
+        found.update(
+            f"{paths.path_of(keys)} {value.dtype.str} {value.dtype.name} {value.shape}\n".encode()
+        )
         found.update(value.reshape(-1).view(np.uint8).data)
     return found.hexdigest()

@@ -1,23 +1,18 @@
 """A file's tensors and the decoder's parameters: the same numbers under two sets of names.
 
-Parameters are addressed by their path, ``layers.3.attention.query.kernel``, one for each layer
-whether the decoder is scanned or not. A `Layout` says, for one family of files, how such a path is
-called there and how its numbers lie; reading and writing use the same table.
+A `Layout` says, for one family of files, how a parameter (by its path, see `jaxpref.models.paths`)
+is called there and how its numbers lie; reading and writing use the same table.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from jaxpref.models.decoder import DecoderConfig
-
-Arrays = dict[str, np.ndarray]
-Shape = tuple[int, ...]
+from jaxpref.models.paths import Arrays, Shape
 
 
 class PretrainedError(ValueError):
@@ -46,53 +41,18 @@ class Source(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-# Parameters by path
-
-
-def _paths(params: Any, layers: int) -> list[tuple[list[str], Any]]:
-    """Each leaf with its path, or its paths when it stacks all layers."""
-    found = []
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")
-        head, _, tail = path.partition(".")
-        stacked = head == "layers" and not tail.split(".")[0].isdigit()
-        found.append(([f"layers.{i}.{tail}" for i in range(layers)] if stacked else [path], leaf))
-    return found
-
-
-def shapes(params: Any, layers: int) -> dict[str, Shape]:
-    """The shape of each parameter by path; `params` may be `jax.ShapeDtypeStruct`."""
-    return {
-        path: leaf.shape[len(paths) > 1 :]
-        for paths, leaf in _paths(params, layers)
-        for path in paths
-    }
-
-
-def flatten(params: Any, layers: int) -> Arrays:
-    """The parameters by path, in float32, stacked layers taken apart."""
-    found = {}
-    for paths, leaf in _paths(params, layers):
-        value = np.asarray(leaf, np.float32)
-        found |= zip(paths, value if len(paths) > 1 else [value], strict=True)
-    return found
-
-
-def unflatten(params: Any, arrays: Mapping[str, np.ndarray], layers: int) -> Any:
-    """A tree like `params` with its shapes and dtypes, filled from arrays by path."""
-    leaves = []
-    for paths, leaf in _paths(params, layers):
-        values = [arrays[path] for path in paths]
-        value = values[0] if len(paths) == 1 else np.stack(values)
-        leaves.append(jnp.asarray(value, leaf.dtype))
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
 # Names
 
 
 def names(paths: Iterable[str], layout: Layout) -> dict[str, list[str]]:
-    """Each tensor of the file -> the parameters in it, in order.
+    """The tensors of a file, and which parameters each holds.
+
+    Args:
+      paths: of the parameters.
+      layout: of the file.
+
+    Returns:
+      Each tensor's name with the paths in it, in their order there.
 
     >>> layout = Layout({"layers.*.mlp.up": "h.*.up", "embedding": "wte"}, prefix="model.")
     >>> names(["embedding", "layers.3.mlp.up.bias"], layout)
@@ -173,6 +133,9 @@ def read(
       config: of the decoder that they belong to.
       layout: of the files.
 
+    Returns:
+      The parameters by path, in float32.
+
     Raises:
       PretrainedError: a tensor is missing, is too many, or has another shape.
     """
@@ -188,7 +151,16 @@ def read(
 
 
 def write(arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout) -> Arrays:
-    """The tensors of a file, from the parameters by path."""
+    """The tensors of a file.
+
+    Args:
+      arrays: the parameters by path.
+      config: of the decoder that they belong to.
+      layout: of the file.
+
+    Returns:
+      The tensors by name.
+    """
     wanted = names(arrays, layout)
     return {name: _to_file(paths, arrays, config, layout) for name, paths in wanted.items()}
 
