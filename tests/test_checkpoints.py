@@ -134,6 +134,18 @@ def test_a_disk_too_small_is_refused_before_writing(states, tmp_path, monkeypatc
         assert checkpoints.latest == 2
 
 
+def test_an_error_of_the_storage_is_one_line_that_names_the_checkpoint(
+    states, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing\nSource locations: ...")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(OSError, match=r"1 is not saved, .*: RESOURCE_EXHAUSTED: .* writing$"):
+            checkpoints.save(states[1])
+
+
 FULL_DISK = """
 import resource, sys
 import jax

@@ -214,6 +214,7 @@ def test_a_full_disk_keeps_the_last_good_file(run, monkeypatch):
     saved = {"arrays": {"x": np.arange(3)}, "summary": {"drop": 0.5}, "metrics": [{"step": 0}]}
     run.save(**saved)
     before = {file: file.read_bytes() for file in run.path.iterdir()}
+    assert len(before) == 5
 
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -286,8 +287,11 @@ def test_commit_is_that_of_the_code(tmp_path, monkeypatch):
     code = tmp_path / "runs.py"
     code.write_text("1")
     monkeypatch.setattr(runs, "__file__", str(code))
+    (tmp_path / "thesis.txt").write_text("1")
     git("init", "-q")
-    assert runs._commit() == {"commit": None, "dirty": None}  # not one of the tracked files
+    git("add", "thesis.txt")
+    git("commit", "-q", "-m", "nothing of ours")  # the code lies in it, but is not part of it
+    assert runs._commit() == {"commit": None, "dirty": None}
     git("add", "runs.py")
     git("commit", "-q", "-m", "one")
     head = git("rev-parse", "HEAD").strip()
