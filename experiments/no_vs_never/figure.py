@@ -23,8 +23,9 @@ OTHER = "#b9b9b9"
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """One setting: trajectories, masses and predictions. Several: the map of when it falls."""
     groups: dict[Cell, list[int]] = {}
+    shown = "all" if "all" in config.train else config.train[0]
     for i, cell in enumerate(cells(config)):
-        if cell.train == "all":
+        if cell.train == shown:
             groups.setdefault(cell._replace(prompt=0), []).append(i)
     if len(groups) > 1:
         return _draw_map(config, arrays, groups)

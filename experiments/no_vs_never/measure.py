@@ -281,7 +281,8 @@ def _what_happened(
         for k in looks
         for ids in (others, likely)
     ]
-    top = np.array([np.argsort(p[0] - p[k], kind="stable")[:3] for k in gains]).reshape(-1, 3)
+    top = [np.argsort(p[0] - p[k], kind="stable")[:3] for k in gains]
+    top = np.array(top, np.int64).reshape(-1, 3)  # in a run of under five updates: none
     return {
         "logp": logp[:, pair],
         "entropy": -(p * logp).sum(axis=1),
@@ -347,7 +348,8 @@ def _in_parallel(config: Config, todo, folder, workers: int, bar) -> list[dict[s
     for steps in sorted(set(config.sft_steps)):  # with all cores, before they are shared out
         supervised(config, steps, folder)
     context = multiprocessing.get_context("spawn")
-    cores, free = sorted(os.sched_getaffinity(0)), context.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    free = context.Queue()
     for i in range(workers):
         free.put(set(cores[i::workers]) or set(cores))
     with concurrent.futures.ProcessPoolExecutor(workers, context, _pin, (free,)) as pool:
