@@ -8,8 +8,8 @@ argument changes the result. Its derivative in `logp` is the pull, ``[-d_w, +d_l
   enters it, even if it was computed from the same parameters.
 - Sums and means are named, not flagged: ``logp`` is summed over tokens, and a loss that takes
   `lengths` divides by them. The mean of an empty response (length 0, sum 0) is 0.
-- Numbers are float32 at least; float64 stays float64. Value and pull are finite at any margin a
-  float32 log-probability can make. A NaN log-probability gives a NaN loss.
+- Numbers are float32 at least; float64 stays float64. Value and pull are finite at margins of
+  ±10,000 nats and at probability one. A NaN log-probability gives a NaN loss.
 - Hyperparameters are checked once, when they are plain numbers; a traced one (under ``jit``,
   ``grad`` or ``vmap`` over it) cannot be seen and is not.
 """

@@ -34,9 +34,9 @@ baseline of 0.
 |---|---|---|---|---|---|
 %(losses)s
 
-Numbers are float32 at least, and finite at any margin. The mean of an empty response is 0. Plain
-hyperparameters are checked; traced ones cannot be. Where a paper and its code differ, the docstring
-says which one this is: `help(losses.orpo)`.
+Numbers are float32 at least, and finite at margins of ±10,000 nats and at probability one. The mean
+of an empty response is 0. Plain hyperparameters are checked; traced ones cannot be. Where a paper
+and its code differ, the docstring says which one this is: `help(losses.orpo)`.
 
 Not losses, but made for them:
 
