@@ -66,7 +66,7 @@ def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None
     reach = p.mean(axis=0).max(axis=0)
     for j in [j for j in np.argsort(-reach) if reach[j] > 0.01][:7]:
         kind = kinds.get(watched[j], "")
-        width = 2.4 if kind in ("chosen", "rejected") else 1.4
+        width = 2.4 if kind in ("chosen", "rejected") else 1.2
         text = tokenizer.decode([watched[j]])
         _band(axes, p[:, :, j], color=COLOURS.get(kind, OTHER), lw=width, label=f"{text!r} {kind}")
     axes.legend(frameon=False, fontsize=8)
@@ -86,7 +86,7 @@ def _draw_masses(axes, config: Config, arrays, cell: Cell, at: list[int]) -> Non
     axes.stackplot(
         np.arange(len(p)), list(parts.values()), labels=names, colors=[COLOURS[k] for k in parts]
     )
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.legend(loc="lower right", framealpha=0.8, fontsize=8)
     axes.set(title="Where the probability is (mean)", xlabel="update", ylim=(0, 1))
     axes.set_xlim(0, len(p) - 1)
 
@@ -122,7 +122,7 @@ def _draw_map(config: Config, arrays, groups: Mapping[Cell, list[int]]) -> Figur
         row, column = lines.index(cell._replace(learning_rate=0.0)), rates.index(cell.learning_rate)
         axes, logp = grid[row, column], arrays["logp"][at, :, 0]
         change = logp[:, -1] - logp[:, 0]
-        axes.set_facecolor(plt.get_cmap("RdBu")(0.5 + np.clip(change.mean() / 8, -0.35, 0.35)))
+        axes.set_facecolor(plt.get_cmap("RdBu")(0.5 + np.clip(change.mean() / 30, -0.12, 0.12)))
         _band(axes, np.exp(logp), color=COLOURS["chosen"], lw=1.6)
         _band(axes, arrays["mass"][at, :, 1], color=COLOURS["opposite"], lw=1.2)
         fell = f"fell in {(change < 0).sum()}/{len(at)}"

@@ -243,7 +243,9 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
 
     state = step.init_state(theta, optimizer, key=jax.random.key(0))
     losses_, every = [], []
-    for _ in range(config.updates + 1):  # the last update is thrown away
+    alone = multiprocessing.parent_process() is None
+    for _ in tqdm(range(config.updates + 1), "updates", leave=False, disable=not alone):
+        # The last of them is thrown away: only its scores, taken before it, are wanted.
         state, metrics, scores = update(state, prompt)
         losses_.append(metrics["loss"])
         every.append(np.asarray(scores.every[0]))
