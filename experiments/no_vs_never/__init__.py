@@ -1,8 +1,9 @@
 """Claim: trained to prefer *No* over *Never*, a language model may raise *Yes*.
 
 A margin loss fixes only the difference of two log-probabilities. Where the rest of the probability
-goes is decided by geometry: the tokens whose unembeddings lie along ``W_chosen - W_rejected`` gain,
-whatever they mean.
+goes is a matter of geometry, and what gains may mean the opposite. Before training, three
+predictions of it are made: the ranking by ``<W_z, W_chosen - W_rejected>``, the exact rate of
+gradient flow, and the exact first-order effect of the optimizer's first update.
 
 Protocol: a yes-or-no question about one statement, answered by one token. Optional supervised
 phase on all statements, then 100 updates of a margin loss on one prompt; each seed is another
