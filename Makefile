@@ -4,13 +4,13 @@ BIN := .venv/bin
 # Glibc may back large arrays with huge pages: about a fifth off a training step on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint parity bench reproduction docs clean
+.PHONY: demo test lint parity bench docs clean
 
 demo: .venv/experiments
 	$(BIN)/python -m experiments.no_vs_never --name demo --resume
 
 test: .venv/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

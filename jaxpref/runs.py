@@ -168,6 +168,9 @@ def create(
       provenance: hashes of data and model by name: what the code's commit does not say.
       wandb: mirror metrics, config and summary there. ``"off"`` does not import it.
 
+    Returns:
+      The run, open for writing.
+
     Raises:
       FileExistsError: the run exists, without ``resume``; or the folder is not a run's.
       ValueError: a name that is not one folder's; an absolute path in ``provenance``; with
@@ -229,6 +232,10 @@ def columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
     """Save arrays by name as npz, whole or not at all; the same arrays give the same bytes.
+
+    Args:
+      path: of the file.
+      arrays: of numbers, by name.
 
     Raises:
       OSError: it could not be saved; names the path. The file's old content is kept.

@@ -69,7 +69,8 @@ def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None
         width = 2.4 if kind in ("chosen", "rejected") else 1.2
         text = tokenizer.decode([watched[j]])
         _band(axes, p[:, :, j], color=COLOURS.get(kind, OTHER), lw=width, label=f"{text!r} {kind}")
-    axes.legend(frameon=False, fontsize=8)
+    if axes.lines:  # on a model that knows none of the words, there is nothing to name
+        axes.legend(frameon=False, fontsize=8)
     axes.set(title=f"{cell.pair}: probability of the answers (mean, range)", xlabel="update")
 
 

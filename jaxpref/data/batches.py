@@ -37,6 +37,14 @@ def steps_per_epoch(n: int, batch: int, *, last: Last = "drop") -> int:
     >>> [steps_per_epoch(10, 4, last=last) for last in ("drop", "short")]
     [2, 3]
 
+    Args:
+      n: rows of the data set.
+      batch: rows of a step.
+      last: as in `order`.
+
+    Returns:
+      A count of steps, at least 1.
+
     Raises:
       ValueError: as `order`.
     """
@@ -63,6 +71,9 @@ def order(
       step: from 0 on.
       last: ``"drop"`` leaves out, in each epoch, the rows after its last whole batch (other rows
         each time); ``"short"`` shows them as a smaller batch, which compiles once more.
+
+    Returns:
+      Row numbers, ``[batch]``; fewer in the last step of an epoch under ``"short"``.
 
     Raises:
       ValueError: another ``last``, a negative step or seed, or under ``"drop"`` a batch that is
@@ -102,6 +113,9 @@ def collate(
       buckets: lengths to pad to, the smallest that fits; a step compiles once for each. None pads
         to the longest sequence of the batch.
       reference: log-probabilities of all rows of the data set, in nats.
+
+    Returns:
+      The batch as NumPy arrays.
 
     Raises:
       ValueError: another ``side``, no row, or a sequence longer than every bucket.

@@ -16,6 +16,13 @@ from jaxpref.data.files import DataError
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """Renders a chat template as Hugging Face does, in a sandbox.
 
+    Args:
+      template: in Jinja.
+      variables: what it may read, ``messages`` among them.
+
+    Returns:
+      The conversation as one text.
+
     >>> render("{% for m in messages %}[{{ m.content }}]{% endfor %}",
     ...        {"messages": [{"content": "hi"}]})
     '[hi]'

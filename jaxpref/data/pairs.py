@@ -64,6 +64,9 @@ def encode(
         ``"truncate_left"`` removes the prompt's first tokens, the same in both sequences, but
         never the BOS. Responses are never cut.
 
+    Returns:
+      The pairs that are kept, and the counts.
+
     Raises:
       DataError: a pair over a limit under ``"error"``, or one that no cut of the prompt can save;
         a prompt or a response without a token; two responses of the same ids; ``"eos"`` where the

@@ -186,6 +186,13 @@ class Tokenizer:
 def split_ids(whole: Sequence[int], prompt: Sequence[int]) -> Split:
     """Splits the ids of prompt + response where they stop agreeing with the prompt's own ids.
 
+    Args:
+      whole: ids of prompt + response as one text.
+      prompt: ids of the prompt alone.
+
+    Returns:
+      The ids and where the response begins.
+
     >>> split_ids([5, 7, 9, 2], prompt=[5, 7])
     Split(tokens=[5, 7, 9, 2], start=2, merged=False)
     >>> split_ids([5, 8, 2], prompt=[5, 7])  # 7 became a part of 8

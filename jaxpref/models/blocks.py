@@ -29,7 +29,7 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
-    """Radians a position for each rotated pair of dimensions, ``[half]``, Llama 3 scaling included."""
+    """Radians a position for each rotated pair of dimensions, ``[half]``; Llama 3 scaled too."""
     rotated = 2 * int(config.head_width * config.rope_fraction / 2)
     frequencies = config.rope_base ** (-np.arange(0, rotated, 2) / rotated)
     if config.rope_scaling is None:
@@ -42,13 +42,30 @@ def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
 
 
 def rotation(frequencies: np.ndarray, positions: Num[Array, "rows time"], dtype) -> Rotation:
-    """Cosine and sine of each position's angles."""
+    """Cosine and sine of each position's angles.
+
+    Args:
+        frequencies: Radians a position, ``[half]``.
+        positions: ``[rows time]``.
+        dtype: Of the result, at least float32.
+
+    Returns:
+        Two arrays ``[rows time half]``.
+    """
     angles = positions.astype(dtype)[:, :, None] * jnp.asarray(frequencies, dtype)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch time heads head"], by: Rotation) -> Array:
-    """Rotates the first dimensions of each head, paired half against half; the rest stay."""
+    """Rotates the first dimensions of each head, paired half against half; the rest stay.
+
+    Args:
+        x: ``[batch time heads head]``.
+        by: Of `rotation`; one row serves the whole batch.
+
+    Returns:
+        Of the shape of `x`.
+    """
     cosine, sine = (part[:, :, None, :].astype(x.dtype) for part in by)
     half = cosine.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -92,7 +109,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
         """One matrix product over all tokens of the batch."""
-        y = x @ self.kernel[...].astype(self.dtype)
+        # One axis of tokens: with two, XLA writes a transposed copy of the kernel's cotangent.
+        tokens = x.reshape(-1, x.shape[-1])
+        y = (tokens @ self.kernel[...].astype(self.dtype)).reshape(*x.shape[:-1], -1)
         return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y
 
 
@@ -132,9 +151,16 @@ class Attention(nnx.Module):
 
 
 def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
-    """Softmax attention of query groups ``[batch time kv group head]``, in at least float32."""
-    time, accumulate = key.shape[1], wide(key.dtype)
-    logits = jnp.einsum("bqkgd,bskd->bkgqs", query, key, preferred_element_type=accumulate)
+    """Softmax attention of query groups ``[batch time kv group head]``, in at least float32.
+
+    Head by head, the queries of a group as rows of one product: the layout that XLA's products
+    take without copies, forward and backward.
+    """
+    (batch, time, kv, group, head), accumulate = query.shape, wide(key.dtype)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * time, head)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    logits = jnp.einsum("bkqd,bksd->bkqs", query, key, preferred_element_type=accumulate)
+    logits = logits.reshape(batch, kv, group, time, time)
     if attend is None:
         seen = jnp.tril(jnp.ones((time, time), bool))[None, None, None]
     else:
@@ -142,7 +168,9 @@ def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
     weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(accumulate).min), axis=-1)
     if attend is not None:  # a row that attends to nothing: zeros
         weights = jnp.where(seen, weights, jnp.zeros((), accumulate))
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights.astype(value.dtype), value)
+    weights = weights.astype(value.dtype).reshape(batch, kv, group * time, time)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, value)
+    return mixed.reshape(batch, kv, group, time, head).transpose(0, 3, 1, 2, 4)
 
 
 class Mlp(nnx.Module):

@@ -261,6 +261,9 @@ def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, PyTree]:
     Args:
         config: Size and family.
         **options: Of `Decoder`.
+
+    Returns:
+        ``(policy, params)``; the policy works on real parameters of these shapes.
     """
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), **options))
     return functional(model)

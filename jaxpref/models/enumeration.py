@@ -118,6 +118,5 @@ def kl(
         Kullback & Leibler (1951), eq. 2.4, https://doi.org/10.1214/aoms/1177729694
     """
     possible = logp > -jnp.inf
-    finite = jnp.where(possible, logp, 0.0)  # so that neither value nor derivative is 0 * inf
-    other = jnp.where(possible, logq, 0.0)
-    return jnp.where(possible, jnp.exp(finite) * (finite - other), 0.0).sum(axis=-1)
+    finite = jnp.where(possible, logp, 0.0)  # so that no derivative is 0 * inf
+    return jnp.where(possible, jnp.exp(finite) * (finite - logq), 0.0).sum(axis=-1)

@@ -29,6 +29,13 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """The same arrays on every device of the mesh: what a state needs before its first step.
 
     With several processes, each gives the same values, and it is checked that they are the same.
+
+    Args:
+      tree: of arrays.
+      mesh: of devices.
+
+    Returns:
+      The tree, each leaf whole on every device.
     """
 
     def put(leaf):
@@ -48,6 +55,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def shard(batch: PyTree, mesh: Mesh | AbstractMesh, *, axis: int = 0) -> Any:
     """Spread ``axis`` of every leaf over the mesh; for use under jit.
+
+    Args:
+      batch: a tree of arrays.
+      mesh: of devices.
+      axis: which axis of every leaf is spread.
+
+    Returns:
+      The tree with that constraint on its leaves.
 
     Raises:
       ValueError: a leaf without that axis, or one that the devices do not divide.

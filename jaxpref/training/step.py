@@ -59,6 +59,14 @@ def init_state(
 
     The step takes over the arrays of its state: after the first update ``params`` and ``key`` as
     given here are gone. Pass ``jax.tree.map(jnp.copy, params)`` to keep them.
+
+    Args:
+      params: what is trained.
+      optimizer: whose state is made.
+      key: for draws during training.
+
+    Returns:
+      A state at step 0.
     """
     return State(params, optimizer.init(params), jnp.zeros((), jnp.int32), key)
 
