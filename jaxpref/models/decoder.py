@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.unembedding = table(config.vocab)
         self.config, self.compute_dtype = config, compute_dtype
-        self.scan, self.remat = scan, remat
+        self.remat = remat
 
     def __call__(
         self,
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
 
         if self.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
-        if not self.scan:
+        if isinstance(self.layers, nnx.List):
             for block in self.layers:
                 x = apply(*nnx.split(block), x)
             return x
