@@ -205,20 +205,23 @@ def test_rope_depends_on_distances_alone():
 
 def test_scan_and_remat_change_nothing(family):
     config, policy, params = family
-    stacked = decoder.stack_layers(params)
+    compare(config, policy, params, {"scan": True, "remat": True})
+
+
+@pytest.mark.parametrize("option", ["scan", "remat"])
+def test_scan_or_remat_alone_change_nothing(option):
+    compare(SMALL, *build(SMALL), {option: True})
+
+
+def compare(config, policy, params, options):
     expected, slope = jax.value_and_grad(lambda p: jnp.sin(policy.hidden(p, TOKENS)).sum())(params)
-    for options in ({"scan": True}, {"scan": True, "remat": True}, {"remat": True}):
-        other, _ = build(config, **options)
-        own = stacked if options.get("scan") else params
-
-        def total(p, other=other):
-            return jnp.sin(other.hidden(p, TOKENS)).sum()
-
-        value, gradient = jax.value_and_grad(total)(own)
-        np.testing.assert_allclose(value, expected, rtol=1e-12)
-        gradient = decoder.unstack_layers(gradient) if options.get("scan") else gradient
-        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+    other, _ = build(config, **options)
+    own = decoder.stack_layers(params) if options.get("scan") else params
+    value, gradient = jax.value_and_grad(lambda p: jnp.sin(other.hidden(p, TOKENS)).sum())(own)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    gradient = decoder.unstack_layers(gradient) if options.get("scan") else gradient
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
 def test_stacking_and_unstacking_are_inverse():
