@@ -183,3 +183,12 @@ def test_a_tied_head_may_stand_in_the_file_if_it_is_the_embedding(shift):
     else:
         with pytest.raises(PretrainedError, match=r"lm_head.weight differs .* the config ties"):
             weights.read(source(tensors), shapes, GPT2, layout)
+
+
+def test_a_tied_head_excuses_no_other_tensor():
+    layout, arrays = FAMILIES["gpt2"].layout, random_arrays(GPT2)
+    tensors = weights.write(arrays, GPT2, layout)
+    tensors |= {"lm_head.weight": arrays["embedding"], "score.weight": np.zeros((2, 8))}
+    shapes = {path: x.shape for path, x in arrays.items()}
+    with pytest.raises(PretrainedError, match=r"unexpected tensor score.weight of shape \(2, 8\)"):
+        weights.read(source(tensors), shapes, GPT2, layout)
