@@ -105,7 +105,7 @@ def test_a_run_killed_three_times_has_the_same_bits(tmp_path):
         ("in a checkpoint", 3, 6),
     ):
         command = [sys.executable, "-c", KILLED, str(killed), where]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == -signal.SIGKILL, done.stderr
         path = killed / "toy" / "run"
         assert checkpointed(path) == {checkpoint}

@@ -77,7 +77,7 @@ def in_processes(folder, *, processes, devices, micro_batches):
         subprocess.Popen([*command, str(process), *rest], env=environment, **pipes)
         for process in range(processes)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
 
 

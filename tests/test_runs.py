@@ -253,7 +253,7 @@ except OSError as error:
 
 def test_a_disk_that_fills_in_a_line_keeps_the_lines_before(run):
     command = [sys.executable, "-c", HALF_A_LINE, str(run.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "not saved, the lines before are kept" in done.stdout
     assert str(run.path / "metrics.jsonl") in done.stdout
