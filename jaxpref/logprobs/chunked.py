@@ -137,12 +137,15 @@ def _logprobs_forward(
 
         def body(carry: tuple[Array, Array, Array], index: Array) -> tuple[tuple, None]:
             top, total, picked = carry
-            _, chunk, ids, fresh = _vocabulary_chunk(unembedding, index, rows)
-            logits = jnp.where(fresh, token_logits(hidden, chunk), -jnp.inf)
+            start, chunk, _, fresh = _vocabulary_chunk(unembedding, index, rows)
+            logits = token_logits(hidden, chunk)
             new_top = jnp.maximum(top, logits.max(axis=-1))
-            total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(axis=-1)
-            hit = jnp.where(ids == targets[:, None], logits, -jnp.inf).max(axis=-1)
-            return (new_top, total, jnp.maximum(picked, hit)), None
+            weights = jnp.where(fresh, jnp.exp(logits - new_top[:, None]), 0)
+            total = total * jnp.exp(top - new_top) + weights.sum(axis=-1)
+            place = targets - start
+            here = (place >= 0) & (place < rows)
+            found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
+            return (new_top, total, jnp.where(here, found, picked)), None
 
         lowest = jnp.full(targets.shape, -jnp.inf, accumulator(hidden.dtype))
         start = lowest, jnp.zeros_like(lowest), lowest
