@@ -1,0 +1,451 @@
+"""The No-vs-Never experiment on a tiny random model: whole, stopped, misused."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import experiments.no_vs_never as lab
+from experiments.no_vs_never import __main__ as command
+from jaxpref import runs
+
+ROOT = Path(__file__).parents[1]
+# At beta = 1 and tau = 1/2 a log-ratio of one rounding error of a float32 shows in the loss.
+FLAGS = (
+    *("--pairs", "No>Never", "--losses", "dpo", "ipo", "--sft-steps", "1", "--sft-batch", "2"),
+    *("--learning-rates", "1e-3", "--prompts", "2", "--updates", "5", "--beta", "1"),
+    *("--tau", "0.5"),
+)
+CONFIG = dataclasses.replace(
+    lab.SMOKE,
+    losses=("dpo", "ipo"),
+    learning_rates=(1e-3,),
+    prompts=2,
+    updates=5,
+    beta=1.0,
+    tau=0.5,
+)
+SHAPES = {  # without the leading axis of cells; steps: before each update and after the last
+    "row": (),
+    "loss": (6,),
+    "rate_terms": (3,),
+    "geometry": (2,),
+    "logp": (6, 2),
+    "entropy": (6,),
+    "top": (6,),
+    "watched": None,  # as many as the tokenizer has words of the table
+    "mass": (6, 2),
+    "share": (2, 1),
+    "gained_token": (1, 3),
+    "gained": (1, 3),
+    "spearman": (3, 2, 2),
+    "shown_token": (500,),
+    "shown_predicted": (3, 500),
+    "shown_change": (2, 500),
+}
+
+
+def call(*flags, model, cwd):
+    """The command in this process, as if typed in `cwd`; returns what it prints."""
+    arguments = ["no_vs_never", "--model", str(model), *map(str, flags)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", arguments)
+        command.main()
+    plt.close("all")
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """A finished run: its settings, folder and record, and what the command printed."""
+    cwd = tmp_path_factory.mktemp("made")
+    printed = call(*FLAGS, "--name", "small", model=tiny_model, cwd=cwd)
+    path = cwd / "runs" / "no_vs_never" / "small"
+    return dataclasses.replace(CONFIG, model=str(tiny_model)), path, runs.load(path), printed
+
+
+LISTS = {"loss": "losses", "train": "train", "pair": "pairs"}
+
+
+def chosen(config, arrays, **settings):
+    """The arrays of those cells that have these settings, and their own settings."""
+    at = [
+        i
+        for i, cell in enumerate(lab.cells(config))
+        if all(getattr(cell, name) in allowed for name, allowed in settings.items())
+    ]
+    return dataclasses.replace(config, **{LISTS[name]: v for name, v in settings.items()}), {
+        name: array[at] for name, array in arrays.items()
+    }
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name, strict=True)
+
+
+def test_the_arrays_have_an_entry_a_cell_and_are_finite(made):
+    config, _, record, _ = made
+    assert len(lab.cells(config)) == 2 * 2 * 3
+    assert record.arrays.keys() == SHAPES.keys()
+    for name, array in record.arrays.items():
+        assert len(array) == 12, name
+        assert SHAPES[name] in (None, array.shape[1:]), name
+        # A control moves all words but two alike: there is no order to correlate with.
+        real = slice(None, None, 3) if name == "spearman" else slice(None)
+        assert np.isfinite(array[real]).all(), name
+    assert {cell.train for cell in lab.cells(config)[::3]} == {"all"}
+
+
+def test_the_smoke_settings_run(tiny_model):
+    assert (lab.SMOKE.prompts, lab.SMOKE.updates, lab.SMOKE.model) == (1, 2, None)
+    # One control alone: no entry for five updates, and nothing but the control to draw.
+    config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), train=("tabular",))
+    arrays = lab.run(config)
+    assert arrays.keys() == SHAPES.keys()
+    assert arrays["logp"].shape == (1, 3, 2)
+    assert arrays["gained"].shape == (1, 0, 3)
+    assert arrays["spearman"].shape == (1, 3, 1, 2)
+    rows = lab.summarise(config, arrays)
+    assert "trained: tabular, 1 prompts" in lab.table(rows, config)
+    assert lab.verdict(rows).startswith("Controls")
+    plt.close(lab.draw(config, arrays))
+
+
+def test_the_first_log_ratios_are_exactly_zero(made):
+    config, _, record, _ = made
+    for loss, expected in (("dpo", np.log(2)), ("ipo", (1 / (2 * config.tau)) ** 2)):
+        _, arrays = chosen(config, record.arrays, loss=(loss,))
+        np.testing.assert_array_equal(arrays["loss"][:, 0], np.float32(expected))
+
+
+def test_training_lowers_the_loss(made):
+    loss = made[2].arrays["loss"]
+    assert (loss[:, -1] < loss[:, 0]).all()
+
+
+@pytest.mark.parametrize("train", ["unembedding", "tabular"])
+def test_controls_never_lower_the_chosen_answer(made, train):
+    config, _, record, _ = made
+    _, arrays = chosen(config, record.arrays, train=(train,))
+    assert len(arrays["logp"]) == 4
+    assert (np.diff(arrays["logp"][:, :, 0], axis=1) > 0).all()
+    assert (np.diff(arrays["logp"][:, :, 1], axis=1) < 0).all()
+
+
+def test_the_distribution_agrees_with_a_plain_forward_pass(made):
+    """Before the first update: the model itself, read at the end of the prompt, unpadded."""
+    from jaxpref.data import statements
+    from jaxpref.models import pretrained
+
+    config, path, record, _ = made
+    policy, _, _, tokenizer, *_ = pretrained.load(config.model)
+    params = lab.supervised(config, 1, path)
+    row = int(record.arrays["row"][0])
+    tokens = np.array([tokenizer.encode(statements.load()[row].question + "\n")])
+    logits = np.asarray(policy.hidden(params, tokens)[0, -1], float)
+    logits = np.asarray(policy.unembedding(params), float) @ logits
+    logp = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+    words = [tokenizer.single_token(word) for word in ("No", "Never")]
+    # The record is float32, this softmax float64: rounding of numbers near 10.
+    np.testing.assert_allclose(record.arrays["logp"][0, 0], logp[words], atol=1e-5)
+    entropy = -(np.exp(logp) * logp).sum()
+    np.testing.assert_allclose(record.arrays["entropy"][0, 0], entropy, rtol=1e-5)
+
+
+def test_the_first_update_does_what_was_predicted(made):
+    config, path, *_ = made
+    # The rate is no part of what is compiled: a cell with another one costs no compilation.
+    record = lab.train_cell(config, lab.cells(config)[0]._replace(learning_rate=1e-5), path)
+    predicted, happened = record["shown_predicted"][2], record["shown_change"][0]
+    # A first-order law: what is left over is of second order in a small step.
+    assert np.abs(happened - predicted).max() < 0.05 * np.abs(predicted).max()
+
+
+def test_the_command_writes_a_whole_run_and_says_so(made):
+    config, path, record, printed = made
+    names = {each.name for each in path.iterdir() if each.is_file()}
+    kept = {"config.json", "provenance.json", "summary.json", "metrics.jsonl", "arrays.npz"}
+    assert names == kept | {"figure.png", "figure.svg", "sft-1.npz"}
+    assert record.config == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert len(record.provenance["model"]) == len(record.provenance["data"]) == 64
+    rows = lab.summarise(config, record.arrays)
+    np.testing.assert_equal(record.summary["rows"], json.loads(json.dumps(rows)))
+    assert lab.table(rows, config) in printed
+    assert lab.verdict(rows) in printed
+    assert printed.endswith(f"figure: {Path('runs/no_vs_never/small/figure.png')}\n")
+    assert (path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_metrics_are_the_arrays_line_by_line(made):
+    config, _, record, _ = made
+    assert [line["step"] for line in record.metrics] == list(range(12 * 6))
+    columns = runs.columns(record.metrics)
+    np.testing.assert_array_equal(columns["loss"].reshape(12, 6), record.arrays["loss"])
+    np.testing.assert_array_equal(columns["logp_chosen"], record.arrays["logp"][..., 0].ravel())
+    np.testing.assert_array_equal(columns["update"], np.tile(np.arange(6), 12))
+    assert record.metrics[-1]["train"] == lab.cells(config)[-1].train
+
+
+def test_finished_cells_are_read_back_and_a_missing_one_is_made_again(made):
+    config, path, record, _ = made
+    cell = lab.cells(config)[4]
+    file = path / "cells" / cell.file
+    before = {each: each.stat().st_mtime_ns for each in (path / "cells").iterdir()}
+    content = file.read_bytes()
+    file.unlink()
+    same(lab.run(config, path), record.arrays)
+    changed = [each for each, was in before.items() if each.stat().st_mtime_ns != was]
+    assert changed == [file]
+    assert file.read_bytes() == content
+
+
+def test_processes_that_share_the_cells_give_the_same_numbers(made, tmp_path):
+    config, path, record, _ = made
+    config, expected = chosen(config, record.arrays, loss=("dpo",), train=("all", "tabular"))
+    shutil.copy(path / "sft-1.npz", tmp_path)
+    found = lab.run(config, tmp_path, workers=2)
+    assert found.keys() == expected.keys()
+    np.testing.assert_array_equal(found["row"], expected["row"])
+    # Not the same bits: a process with fewer cores splits its sums at other places.
+    for name in ("logp", "loss", "entropy", "mass", "rate_terms", "geometry"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_figures_of_one_setting_and_of_a_grid(made):
+    config, _, record, _ = made
+    grid = lab.draw(config, record.arrays)
+    assert len(grid.axes) == 2  # a row a loss, a column a learning rate
+    one = lab.draw(*chosen(config, record.arrays, loss=("dpo",)))
+    words, masses, theory = one.axes
+    assert "No>Never" in words.get_title()
+    assert len(masses.collections) == 4
+    assert len(theory.collections[0].get_offsets()) == 500
+    for figure in (grid, one):
+        figure.canvas.draw()
+        plt.close(figure)
+
+
+# --- the numbers of the table, by hand
+
+
+@pytest.fixture
+def by_hand(tiny_model):
+    config = lab.Config(
+        model=str(tiny_model),
+        prompts=2,
+        updates=5,
+        train=("all", "tabular"),
+        learning_rates=(1e-6,),
+    )
+    falls, rises = [0.2, 0.5, 0.6, 0.3, 0.25, 0.1], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    ever = [0.2, 0.1, 0.3, 0.3, 0.3, 0.3]
+    p = np.array([falls, rises, ever, rises])  # cells: all and tabular of prompt 1, of prompt 2
+    down, up = [6.0, 5, 4, 3, 2, 1], [6.0, 5, 7, 3, 4, 4]
+    n = len(p)
+    arrays = {
+        "logp": np.log(np.stack([p, 1 - p], axis=2)),
+        "loss": np.array([up, down, down, down]),
+        "share": np.array([[[0.1], [0.5]], [[0], [0]], [[0.3], [0.1]], [[0], [0]]]),
+        "gained_token": np.tile([[[5, 6, 7]]], (n, 1, 1)),
+        "gained": np.tile([[[0.3, 0.02, 0.009]]], (n, 1, 1)),
+        "rate_terms": np.tile([3.0, -2.0, 1.0], (n, 1)),
+        "geometry": np.tile([0.5, 2.0], (n, 1)),
+        "spearman": np.full((n, 3, 2, 2), 0.25),
+    }
+    return config, arrays
+
+
+def test_the_summary_counts_by_hand(by_hand):
+    config, arrays = by_hand
+    real, control = lab.summarise(config, arrays)
+    assert (real["train"], control["train"], real["prompts"]) == ("all", "tabular", 2)
+    assert (real["ended_below_start"], real["ever_below_start"]) == (1, 2)
+    assert (control["ended_below_start"], control["ever_below_start"]) == (0, 0)
+    # Drops of 0.5 and 0.1: the mean, and the standard deviation with one degree of freedom.
+    assert real["drop"] == pytest.approx([0.3, 0.4 / np.sqrt(2)])
+    assert real["peak"] == pytest.approx([0.4, 0.4 / np.sqrt(2)])  # 0.6 and 0.2
+    assert real["trough"] == pytest.approx([0.1, 0.0])
+    assert real["start"] == pytest.approx([0.2, 0.0])
+    assert real["end"] == pytest.approx([0.2, 0.2 / np.sqrt(2)])
+    assert real["change_nats"][0] == pytest.approx(np.log([0.5, 1.5]).mean())
+    assert control["drop"] == [0.0, 0.0]
+    assert (real["loss_rises"], real["runs_without_rise"]) == (2, 1)
+    assert (control["loss_rises"], control["runs_without_rise"]) == (0, 2)
+    assert real["share_same"] == pytest.approx([0.2])
+    assert real["share_opposite"] == pytest.approx([0.3])
+    gains = real["gains"][0]  # 0.009 is not shown
+    assert [(gain, runs_) for _, gain, runs_ in gains] == [(pytest.approx(0.3), 2), (0.02, 2)]
+
+
+def test_the_table_and_the_verdict_say_what_was_counted(by_hand):
+    config, arrays = by_hand
+    rows = lab.summarise(config, arrays)
+    text = lab.table(rows, config)
+    assert "No>Never, dpo, lr 1e-06, 16 supervised updates, trained: all, 2 prompts" in text
+    assert "displaced) in 1 of 2 runs, is below at some step in 2; the loss rose in 1" in text
+    assert "after   5 updates, of the gained probability  30% to the opposite" in text
+    assert text.count("Theorem 4") == 1  # no theory for a control
+    said = lab.verdict(rows)
+    assert "ended below its start in 1 of 2 runs." in said
+    assert "at most 30% of what was gained" in said
+    assert said.count("the headline holds.") == 1
+    assert "Controls (unembedding only, tabular): displaced in 0 of 2 runs" in said
+
+
+def test_a_claim_that_fails_is_said_to_fail(by_hand):
+    config, arrays = by_hand
+    arrays["logp"] = arrays["logp"][[1, 1, 1, 1]]
+    arrays["share"] = 0.1 * arrays["share"]
+    said = lab.verdict(lab.summarise(config, arrays))
+    assert "in 0 of 2 runs: the claim's strong form does not hold here." in said
+    assert "the headline does not hold here (under 10 %)." in said
+
+
+def test_one_prompt_has_no_spread(by_hand):
+    config, arrays = by_hand
+    config = dataclasses.replace(config, prompts=1)
+    (row, _) = lab.summarise(config, {name: array[:2] for name, array in arrays.items()})
+    assert row["end"] == pytest.approx([0.1, 0.0])
+
+
+# --- stopped and started again
+
+
+def typed(*flags, model, cwd):
+    """The command as a process of its own, started in `cwd`."""
+    program = [sys.executable, "-m", "experiments.no_vs_never", "--model", str(model)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*program, *map(str, flags)],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_a_killed_run_ends_with_the_same_bits(tiny_model, tmp_path):
+    flags = (
+        *("--name", "x", "--resume", "--train", "all", "--prompts", "6", "--updates", "5"),
+        *("--sft-steps", "1", "--sft-batch", "2", "--learning-rates", "1e-3"),
+    )
+    paths = {}
+    for folder in ("undisturbed", "killed"):
+        (tmp_path / folder).mkdir()
+        paths[folder] = tmp_path / folder / "runs" / "no_vs_never" / "x"
+    undisturbed, killed = (typed(*flags, model=tiny_model, cwd=tmp_path / f) for f in paths)
+    while not (first := list((paths["killed"] / "cells").glob("[!.]*.npz"))):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert 1 <= len(list((paths["killed"] / "cells").glob("[!.]*.npz"))) < 6
+    assert not (paths["killed"] / "arrays.npz").exists()
+    was = first[0].stat().st_mtime_ns
+    again = typed(*flags, model=tiny_model, cwd=tmp_path / "killed")
+    for process in (undisturbed, again):
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+    assert first[0].stat().st_mtime_ns == was  # read back, not made again
+    for name in ("arrays.npz", "metrics.jsonl", "summary.json"):
+        assert (paths["killed"] / name).read_bytes() == (paths["undisturbed"] / name).read_bytes()
+
+
+def test_an_error_is_one_line_and_an_exit_code(tiny_model, tmp_path):
+    process = typed("--bta", "3", model=tiny_model, cwd=tmp_path)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode not in (0, None)
+    assert said.count("\n") == 1
+    assert "unknown --bta 3" in said
+    assert not (tmp_path / "runs").exists()
+
+
+# --- misused
+
+
+def refused(*flags, model, cwd):
+    """The one line with which the command ends."""
+    with pytest.raises(SystemExit) as error:
+        call(*flags, model=model, cwd=cwd)
+    said = error.value.code
+    assert isinstance(said, str)  # printed to stderr, exit code 1
+    assert said.startswith("no_vs_never: ")
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--pairs", "No>Absolutely"), r"word 'Absolutely' is 2 tokens .*'Abs.*'\]; expected one"),
+        (("--pairs", "No"), "pairs: got 'No', expected two words such as No>Never"),
+        (("--pairs", "No>No"), "pairs: 'No>No' prefers a word to itself"),
+        (("--beta", "-0.1"), r"beta: got -0\.1, expected a positive number"),
+        (("--beta", "nan"), "beta: got nan, expected a positive number"),
+        (("--tau", "0"), r"tau: got 0\.0, expected a positive number"),
+        (("--learning-rates", "1e-7", "-1"), r"learning_rates: got -1\.0, expected a positive"),
+        (("--sft-steps", "-1"), "sft_steps: got -1, expected 0 or more"),
+        (("--updates", "0"), "updates: got 0, expected at least 1"),
+        (("--prompts", "67"), "prompts: got 67, expected at most 66"),
+        (("--unknown", "1"), "unknown --unknown 1"),
+        (("--name", "../x"), r"name is '\.\./x', expected the name of one folder"),
+    ],
+)
+def test_a_bad_setting_is_one_line_before_anything_is_made(tiny_model, tmp_path, flags, said):
+    assert re.search(said, refused(*flags, model=tiny_model, cwd=tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_line_of_the_data_has_a_number(tiny_model, tmp_path):
+    good = json.dumps({"statement": "I keep my word.", "matches": False})
+    (tmp_path / "said.jsonl").write_text(f"{good}\n{good[:-2]}\n{good}\n")
+    said = refused("--data", "said.jsonl", model=tiny_model, cwd=tmp_path)
+    assert "said.jsonl, line 2: not valid JSON" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_folder_without_weights(tiny_model, tmp_path):
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / file, tmp_path)
+    said = refused(model=tmp_path, cwd=tmp_path)
+    assert str(tmp_path) in said
+    assert "safetensors" in said
+
+
+def test_a_finished_run_is_not_overwritten(made, tiny_model):
+    _, path, *_ = made
+    before = {each: each.stat().st_mtime_ns for each in path.rglob("*")}
+    flags = (*FLAGS, "--name", "small")
+    assert "small exists; expected resume" in refused(*flags, model=tiny_model, cwd=path.parents[2])
+    flags = (*flags, "--updates", "6", "--resume")
+    said = refused(*flags, model=tiny_model, cwd=path.parents[2])
+    assert said.endswith("was made with another config: updates is 6, was 5")
+    assert {each: each.stat().st_mtime_ns for each in path.rglob("*")} == before
+
+
+def test_a_resumed_finished_run_says_the_same(made, tiny_model):
+    _, path, record, printed = made
+    flags = (*FLAGS, "--name", "small", "--resume")
+    assert call(*flags, model=tiny_model, cwd=path.parents[2]) == printed
+    same(runs.load(path).arrays, record.arrays)
+
+
+def test_the_docstring_is_a_lab_note():
+    for heading in ("Claim:", "Run:", "Takes:", "Expect:", "Source:"):
+        assert any(line.startswith(heading) for line in lab.__doc__.splitlines()), heading
