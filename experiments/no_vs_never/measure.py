@@ -247,7 +247,9 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
     for _ in tqdm(range(config.updates + 1), "updates", leave=False, disable=not alone):
         # The last of them is thrown away: only its scores, taken before it, are wanted.
         state, metrics, scores = update(state, prompt)
-        losses_.append(metrics["loss"])
+        losses_.append(float(metrics["loss"]))
+        if not np.isfinite(losses_[-1]):
+            raise ValueError(f"{cell}: the loss is {losses_[-1]} at update {len(losses_) - 1}")
         every.append(np.asarray(scores.every[0]))
     return {
         "row": np.array(row),
