@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 from jaxpref.models import decoder, paths, pretrained, weights
@@ -374,6 +375,17 @@ def test_a_full_disk_leaves_the_old_model(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_write_that_stops_halfway_leaves_nothing(tmp_path, monkeypatch):
+    def stop(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise safetensors.SafetensorError("no space left")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", stop)
+    with pytest.raises(OSError, match=r"not written \(no space left\)"):
+        pretrained.save(tmp_path, make_params(CONFIG), CONFIG, family="llama")
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_of_another_decoder_are_not_saved(tmp_path):
