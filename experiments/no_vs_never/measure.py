@@ -231,13 +231,8 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
     prompt = prompt._replace(reference=start)
     unembedding = policy.unembedding(params)
     words = {"chosen": chosen, "rejected": rejected}
-    gradient = slope(theta, prompt)
-    first_update, _ = optimizer.update(gradient, optimizer.init(theta), theta)
-    predicted = {
-        "direction": embeddings.unembedding_direction(unembedding, **words),
-        "flow": push(theta, prompt, jax.tree.map(jnp.negative, gradient)),
-        "update": push(theta, prompt, first_update),
-    }
+    predicted = _predictions(slope, push, optimizer, theta, prompt)
+    predicted["direction"] = embeddings.unembedding_direction(unembedding, **words)
     terms = embeddings.chosen_terms(unembedding, prompt.hidden[0], **words)
     geometry = embeddings.direction_geometry(unembedding, **words)
 
@@ -258,6 +253,14 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
         "geometry": np.array(geometry),
         **_what_happened(np.stack(every), cell, jax.device_get(predicted), tokenizer),
     }
+
+
+def _predictions(slope, push, optimizer, theta, prompt: Prompt) -> dict[str, Any]:
+    """First-order change of every token's log-probability; the directions are let go of."""
+    gradient = slope(theta, prompt)
+    flow = push(theta, prompt, jax.tree.map(jnp.negative, gradient))
+    first_update, _ = optimizer.update(gradient, optimizer.init(theta), theta)
+    return {"flow": flow, "update": push(theta, prompt, first_update)}
 
 
 def _what_happened(
