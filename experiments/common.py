@@ -22,7 +22,7 @@ from jaxpref import gradients, logprobs, runs
 from jaxpref.data import batches
 from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
-from jaxpref.data.pairs import encode, sha256
+from jaxpref.data.pairs import TokenPair, encode, sha256
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import decoder, pretrained
 from jaxpref.models.decoder import Policy
@@ -119,6 +119,11 @@ def problem(
     is longer than `limit`; a pair whose response alone is longer raises.
     """
     encoded, _ = encode(pairs, tokenizer, end=end, limit=limit, too_long="truncate_left")
+    return token_problem(policy, encoded)
+
+
+def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
+    """`problem` of pairs that are token ids already."""
     found = batches.collate(encoded, range(len(encoded)), pad_id=0)
     packed = -(-int(logprobs.packed_lengths(*found[:2]).max()) // 8) * 8
     longest = int(found.is_response.sum(axis=-1).max())

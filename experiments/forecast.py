@@ -26,6 +26,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from experiments import common
+from experiments.correlation import interval, partial_spearman, spearman
 from jaxpref import diagnostics, embeddings, gradients, losses
 from jaxpref.data import batches, files, preferences
 from jaxpref.models import pretrained
@@ -273,31 +274,6 @@ def auc(score: np.ndarray, fell: np.ndarray) -> np.ndarray:
     return np.where(both > 0, above / np.maximum(both, 1), np.nan)
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Rank correlation of the last axis; NaN where either has no order."""
-    a, b = (stats.rankdata(v, axis=-1) - (v.shape[-1] + 1) / 2 for v in (x, y))
-    norms = (a * a).sum(axis=-1) * (b * b).sum(axis=-1)
-    ordered = norms > 0
-    return np.where(ordered, (a * b).sum(axis=-1) / np.sqrt(np.where(ordered, norms, 1)), np.nan)
-
-
-def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> float:
-    """Rank correlation of what a third variable's ranks leave of both."""
-    xy, xz, yz = (float(spearman(*both)) for both in ((x, y), (x, given), (y, given)))
-    rest = (1 - xz**2) * (1 - yz**2)
-    return (xy - xz * yz) / rest**0.5 if rest > 1e-12 else float("nan")
-
-
-def interval(function: Callable[..., np.ndarray], columns: Sequence[np.ndarray], resamples: int
-             ) -> list[float]:  # fmt: skip
-    """The middle 95 % of a bootstrap over pairs; draws without a value are left out."""
-    n = len(columns[0])
-    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
-    found = function(*(x[draws] for x in columns))
-    found = found[np.isfinite(found)]
-    return [float(x) for x in np.quantile(found, (0.025, 0.975))] if found.size else [np.nan] * 2
-
-
 def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """A row for each protocol, number of updates and signal, over the pairs of all seeds."""
     rows = []
@@ -319,7 +295,9 @@ def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str
                         "change": float(change.mean()),
                         "spearman": float(spearman(score, -change)),
                         "spearman_95": interval(spearman, (score, -change), config.resamples),
-                        "given_length": partial_spearman(score, -change, by["length difference"]),
+                        "given_length": float(
+                            partial_spearman(score, -change, by["length difference"])
+                        ),
                         "auc": float(auc(score, fell)),
                         "auc_95": interval(auc, (score, fell), config.resamples),
                     }

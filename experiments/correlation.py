@@ -1,0 +1,55 @@
+"""Rank correlations over pairs, what a third variable leaves of them, and bootstrap intervals."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation of the last axis; NaN where either has no order."""
+    return _correlation(_ranks(x), _ranks(y))
+
+
+def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Rank correlation of what a third variable's ranks leave of both, of the last axis.
+
+    NaN where they leave nothing.
+    """
+    a, b, c = (_ranks(v) for v in (x, y, given))
+    ab, ac, bc = _correlation(a, b), _correlation(a, c), _correlation(b, c)
+    rest = (1 - ac**2) * (1 - bc**2)
+    some = rest > 1e-12
+    return np.where(some, (ab - ac * bc) / np.sqrt(np.where(some, rest, 1)), np.nan)
+
+
+def matched_spearman(x: np.ndarray, y: np.ndarray, by: np.ndarray, *, bins: int = 5) -> float:
+    """Mean rank correlation inside `bins` of like `by`, all of about one size.
+
+    Bins without an order count for nothing; NaN if all are.
+    """
+    parts = np.array_split(np.argsort(by, kind="stable"), bins)
+    found = np.array([spearman(x[part], y[part]) for part in parts])
+    sizes = np.array([len(part) for part in parts]) * np.isfinite(found)
+    return float(np.nansum(found * sizes) / sizes.sum()) if sizes.any() else float("nan")
+
+
+def interval(function: Callable[..., np.ndarray], columns: Sequence[np.ndarray], resamples: int
+             ) -> list[float]:  # fmt: skip
+    """The middle 95 % of a bootstrap over pairs; draws without a value are left out."""
+    n = len(columns[0])
+    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
+    found = function(*(x[draws] for x in columns))
+    found = found[np.isfinite(found)]
+    return [float(x) for x in np.quantile(found, (0.025, 0.975))] if found.size else [np.nan] * 2
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """From the middle one on."""
+    return stats.rankdata(x, axis=-1) - (np.shape(x)[-1] + 1) / 2
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    norms = (a * a).sum(axis=-1) * (b * b).sum(axis=-1)
+    ordered = norms > 0
+    return np.where(ordered, (a * b).sum(axis=-1) / np.sqrt(np.where(ordered, norms, 1)), np.nan)
