@@ -9,6 +9,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAYS = {
     "entanglement": "regime of DPO's first step",
     "no_vs_never": "Displacement (Definition 1)",
+    "similarity": "Spearman of score and change",
 }
 
 

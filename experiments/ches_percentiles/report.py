@@ -108,7 +108,7 @@ def _paper(config: Config, ches: Mapping[str, Any]) -> list[str]:
         mean, falls = found["mean"], "falls" if found["falls"] else "does not fall"
         words.append(
             f"  By CHES percentile the mean change goes from {mean[0]:+.4f} to {mean[-1]:+.4f}"
-            f" {told} and {falls} at every step (in {found['falls_seeds']} of {config.seeds} seeds)."
+            f" {told} and {falls} at every step ({found['falls_seeds']} of {config.seeds} seeds)."
         )
         if unit == "sum":
             whole = found["falls"] and mean[0] > 0 > mean[-1]
