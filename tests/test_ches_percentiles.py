@@ -18,6 +18,7 @@ from experiments import ches_percentiles as lab
 from experiments.ches_percentiles import measure, protocol, summary
 from experiments.ches_percentiles.__main__ import main
 from jaxpref import losses
+from jaxpref.data import batches
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -94,44 +95,49 @@ def test_lengths_and_scores_are_of_the_pairs_of_the_pool(arrays, loaded):
     by = dict(zip(config_names, arrays["scores"][0], strict=True))
     np.testing.assert_array_equal(by["length_difference"], [n - m for m, n in lengths])
     policy, params = loaded.subject[:2]
-    sums = [
-        [np.asarray(policy.hidden(params, t[None, :-1]))[0, s - 1 :].sum(axis=0)
-         for t, s in zip(*pair[:2], strict=True)] for pair in pairs[:2]
-    ]  # fmt: skip
-    for found, (w, l) in zip(by["ches"], sums, strict=False):
+    sums = []
+    for row in arrays["pool"][0]:
+        tokens, _, scored = (x[row] for x in loaded.problem.arrays)
+        states = np.asarray(jax.jit(policy.hidden)(params, tokens[:, :-1]))
+        sums.append([h[at[1:]].sum(axis=0) for h, at in zip(states, scored, strict=True)])
+    for found, (w, l) in zip(by["ches"], sums, strict=True):
         np.testing.assert_allclose(found, w @ l - w @ w, rtol=0, atol=1e-5 * (w @ w))
 
 
 @pytest.mark.parametrize(("loss", "at"), [("dpo", 0), ("ipo", 1)])
 def test_changes_are_those_of_a_naive_training(made, arrays, loaded, loss, at):
-    """Each response encoded apart, plain gradients, RMSprop written out; two updates of two."""
+    """Each response encoded apart, all logits, RMSprop written out; two updates of two pairs."""
     config = made[0]
     policy, params = loaded.subject[:2]
-    places = arrays["rows"][0, 0, at]
-    pairs = [loaded.encoded[row] for row in arrays["pool"][0][places]]
+    rows = arrays["pool"][0][arrays["rows"][0, 0, at]]
+    tokens, _, scored = (jnp.asarray(x[rows]) for x in loaded.problem.arrays)
     margin_loss = {"dpo": functools.partial(losses.dpo, beta=0.1),
                    "ipo": functools.partial(losses.ipo, tau=0.01)}[loss]  # fmt: skip
 
-    def logp(params, pair):
-        found = []
-        for tokens, start in zip(*pair[:2], strict=True):
-            logits = policy.hidden(params, tokens[None, :-1])[0] @ policy.unembedding(params).T
-            each = jax.nn.log_softmax(logits)[jnp.arange(len(tokens) - 1), tokens[1:]]
-            found.append(each[start - 1 :].sum())
-        return jnp.stack(found)
+    def logp(params, index):
+        flat = tokens[index].reshape(2 * len(index), -1)
+        logits = policy.hidden(params, flat[:, :-1]) @ policy.unembedding(params).T
+        each = jnp.take_along_axis(jax.nn.log_softmax(logits), flat[:, 1:, None], axis=2)
+        each = each[..., 0].reshape(len(index), 2, -1)
+        return jnp.where(scored[index][..., 1:], each, jnp.zeros_like(each)).sum(axis=2)
 
-    start = [logp(params, pair) for pair in pairs]
+    @jax.jit
+    def update(params, square, index, reference):
+        def mean_loss(params):
+            return margin_loss(logp(params, index), reference).mean()
+
+        gradient = jax.grad(mean_loss)(params)
+        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, square, gradient)
+        move = [params, gradient, square]
+        return jax.tree.map(lambda p, g, v: p - RATE * g / (jnp.sqrt(v) + 1e-8), *move), square
+
+    every = jnp.arange(4)
+    start = jax.jit(logp)(params, every)
     moving, square = params, jax.tree.map(jnp.zeros_like, params)
     for number in range(2):
-        index = measure.batches.order(4, 2, 0, number)
-        gradient = jax.grad(
-            lambda p, index=index: sum(margin_loss(logp(p, pairs[i]), start[i]) for i in index) / 2
-        )(moving)
-        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, square, gradient)
-        moving = jax.tree.map(
-            lambda p, g, v: p - RATE * g / (jnp.sqrt(v) + 1e-8), moving, gradient, square
-        )
-    expected = np.stack([logp(moving, p) - s for p, s in zip(pairs, start, strict=True)])
+        index = jnp.asarray(batches.order(4, 2, 0, number))
+        moving, square = update(moving, square, index, start[index])
+    expected = np.asarray(jax.jit(logp)(moving, every) - start)
     found = arrays["change"][0, config.losses.index(loss), 0, at]
     assert np.abs(expected).min() > 1e-3  # far above rounding
     # RMSprop's first step is the gradient's sign: rounding flips that of the smallest entries.

@@ -55,8 +55,8 @@ class Config:
 
 
 SMOKE = Config(
-    scores=("ches", "displacement_rate", "length_difference", "random"), percentiles=(0, 100),
-    pairs=10, subset=4, batch=2, resamples=50, limit=40,
+    scores=("ches", "edit_similarity", "length_difference", "random"), percentiles=(0, 100),
+    pairs=10, subset=4, batch=2, resamples=50, limit=32,
 )  # fmt: skip
 
 
