@@ -1,12 +1,15 @@
 """The same DPO step in several frameworks; each is imported only in the process that runs it."""
 
+import dataclasses
 import importlib
 import importlib.util
 import multiprocessing
+import operator
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,18 +41,38 @@ class Size(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A framework that is ready to train.
+    """A contender that is ready.
 
     Attributes:
-        numbers: What all contenders must agree on: the log-probabilities of the response tokens
-            before training, ``[pairs 2 response]``, nats.
-        step: One update; returns the loss before it, when the update is done.
-        product: One product of square float32 matrices.
+        numbers: What all contenders must agree on.
+        step: One turn of what is measured; returns a number of it when it is done.
+        product: One product of square float32 matrices, where the machine's peak is wanted.
     """
 
     numbers: np.ndarray
     step: Callable[[], float]
-    product: Callable[[], Any]
+    product: Callable[[], Any] = lambda: None
+
+
+@dataclasses.dataclass
+class Measured:
+    """One contender; seconds and bytes.
+
+    Attributes:
+        numbers: Those of `Running`.
+        first: The first turn, with what was compiled for it.
+        returned: What each turn returned, the first one's before the others'.
+        turns: The turns after the first.
+        products: A matrix product after each of them.
+        memory: Peak since the first turn.
+    """
+
+    numbers: np.ndarray
+    first: float
+    returned: list[float]
+    turns: list[float] = dataclasses.field(default_factory=list)
+    products: list[float] = dataclasses.field(default_factory=list)
+    memory: int = 0
 
 
 def tokens(size: Size, vocab: int) -> np.ndarray:
@@ -61,18 +84,18 @@ def tokens(size: Size, vocab: int) -> np.ndarray:
     return ids
 
 
-def open_model(model: Model) -> tuple[Any, Any, Any]:
-    """Policy, parameters and configuration."""
+def open_model(model: Model, **options: Any) -> tuple[Any, Any, Any]:
+    """Policy, parameters and configuration; options are the decoder's."""
     import jax
     from flax import nnx
 
     from jaxpref.models import decoder, pretrained
 
     if model == "smollm2":
-        opened = pretrained.smollm2()
+        opened = pretrained.smollm2(**options)
         return opened.policy, jax.tree.map(jax.numpy.asarray, opened.params), opened.config
     config = decoder.DecoderConfig(**MODELS[model])
-    return *decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0))), config
+    return *decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **options)), config
 
 
 def export(model: Model, folder: Path) -> None:
@@ -190,6 +213,39 @@ def serve(pipe: Any, make: Callable[..., Running], *arguments: Any) -> None:
             pipe.send(_timed(running.product)[0])
         else:
             pipe.send(peak_memory())
+
+
+def measure(contenders: Mapping[str, Sequence[Any]], repeats: int, agree: Callable[[dict], None]
+            ) -> dict[str, Measured]:  # fmt: skip
+    """All contenders, each in a process of its own, their turns alternating.
+
+    Each is given as ``(make, *arguments)`` with ``make(*arguments) -> Running``. `agree` gets the
+    numbers of all by name, and ends the program if they are too far apart.
+    """
+    pipes, found = {}, {}
+    for name, contender in contenders.items():
+        pipes[name] = start(*contender)
+        numbers, first, value = receive(pipes[name], name)
+        found[name] = Measured(numbers, first, [value])
+    agree({name: run.numbers for name, run in found.items()})
+    for _ in range(repeats):
+        for name, run in found.items():
+            seconds, value = ask(pipes[name], name, "step")
+            run.turns.append(seconds)
+            run.returned.append(value)
+            run.products.append(ask(pipes[name], name, "product"))
+    for name, run in found.items():
+        run.memory = ask(pipes[name], name, "memory")
+        pipes[name].send("end")
+    return found
+
+
+def ratios(ours: Measured, theirs: Measured, name: str) -> dict[str, float]:
+    """Ours over theirs: the median of neighbouring turns, and of the peaks of memory."""
+    return {
+        f"vs_{name}_time": statistics.median(map(operator.truediv, ours.turns, theirs.turns)),
+        f"vs_{name}_memory": ours.memory / theirs.memory,
+    }
 
 
 def installed(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from benchmarks import frameworks
-from benchmarks.frameworks import Model, Running, Size, ask, receive
+from benchmarks.frameworks import Measured, Model, Running, Size, ratios
 
 HEADER = "pairs x tokens way          seconds     (min..max) peak GB"
 ROW = "{:>14} {:<10} {:9.3f} {:7.3f}..{:6.3f} {:7.2f}"
@@ -99,7 +99,7 @@ def run_training(size: Size, model: Model, folder: Path) -> Running:
 
         return jax.value_and_grad(loss)(params)
 
-    return Running(np.zeros(0), lambda: float(jax.block_until_ready(slope(params))[0]), _nothing)
+    return Running(np.zeros(0), lambda: float(jax.block_until_ready(slope(params))[0]))
 
 
 def run_fast(size: Size, model: Model, folder: Path) -> Running:
@@ -111,7 +111,7 @@ def run_fast(size: Size, model: Model, folder: Path) -> Running:
     policy, params, config = frameworks.open_model(model)
     batch, logp = _arrays(size, config.vocab), _response_logp(policy, size)
     grams = jax.jit(lambda params: gradients.pair_grams(logp, params, batch).gram)
-    return Running(np.asarray(grams(params)), lambda: float(grams(params).sum()), _nothing)
+    return Running(np.asarray(grams(params)), lambda: float(grams(params).sum()))
 
 
 def run_reference(size: Size, model: Model, folder: Path) -> Running:
@@ -124,7 +124,7 @@ def run_reference(size: Size, model: Model, folder: Path) -> Running:
     batch, logp = _arrays(size, config.vocab), _response_logp(policy, size)
     one = functools.partial(gradients.pair_gram, logp)
     grams = jax.jit(lambda params: jax.lax.map(lambda pair: one(params, pair), batch))
-    return Running(np.asarray(grams(params)), lambda: float(grams(params).sum()), _nothing)
+    return Running(np.asarray(grams(params)), lambda: float(grams(params).sum()))
 
 
 def run_torch(size: Size, model: Model, folder: Path) -> Running:
@@ -155,7 +155,7 @@ def run_torch(size: Size, model: Model, folder: Path) -> Running:
     exact = grams(in_pieces)  # of the same gradients, which are not to blame
     off = np.abs(grams(at_once) - exact).max() / np.abs(exact).max()
     print(f"{size.name}: torch's float32 products are off by {off:.1e} of the largest", flush=True)
-    return Running(exact, lambda: float(grams(at_once).sum()), _nothing)
+    return Running(exact, lambda: float(grams(at_once).sum()))
 
 
 def run_token_gram(size: Size, model: Model, folder: Path) -> Running:
@@ -175,7 +175,7 @@ def run_token_gram(size: Size, model: Model, folder: Path) -> Running:
         lambda params: gradients.token_gram(hidden, policy.unembedding, params, ids, targets).gram
     )
     norms = np.diagonal(np.asarray(grams(params)).reshape(targets.size, targets.size))
-    return Running(norms, lambda: float(grams(params).sum()), _nothing)
+    return Running(norms, lambda: float(grams(params).sum()))
 
 
 def run_token_backward(size: Size, model: Model, folder: Path) -> Running:
@@ -202,11 +202,7 @@ def run_token_backward(size: Size, model: Model, folder: Path) -> Running:
         tokens = range(size.time - size.prompt)
         return np.array([square(params, jnp.asarray(row), at) for row in ids for at in tokens])
 
-    return Running(squares(), lambda: float(squares().sum()), _nothing)
-
-
-def _nothing() -> None:
-    """There is no matrix product to time here."""
+    return Running(squares(), lambda: float(squares().sum()))
 
 
 WAYS = {
@@ -219,29 +215,11 @@ WAYS = {
 }
 
 
-@dataclasses.dataclass
-class Measured:
-    """One way at one size; seconds and bytes."""
-
-    numbers: np.ndarray
-    turns: list[float] = dataclasses.field(default_factory=list)
-    memory: int = 0
-
-
 def measure(config: Config, size: Size, ways: tuple[str, ...], folder: Path) -> dict[str, Measured]:
-    """All ways at one size, their turns alternating."""
-    pipes, found = {}, {}
-    for way in ways:
-        pipes[way] = frameworks.start(WAYS[way], size, config.model, folder)
-        numbers, _, _ = receive(pipes[way], way)
-        found[way] = Measured(numbers)
-    agree(size, {way: run.numbers for way, run in found.items() if run.numbers.size})
-    for _ in range(config.repeats):
-        for way, run in found.items():
-            run.turns.append(ask(pipes[way], way, "step")[0])
+    """All ways at one size, with a row for each."""
+    contenders = {way: (WAYS[way], size, config.model, folder) for way in ways}
+    found = frameworks.measure(contenders, config.repeats, functools.partial(agree, size))
     for way, run in found.items():
-        run.memory = ask(pipes[way], way, "memory")
-        pipes[way].send("end")
         seconds = statistics.median(run.turns)
         print(ROW.format(size.name, way, seconds, min(run.turns), max(run.turns),
                          run.memory / 1e9), flush=True)  # fmt: skip
@@ -250,19 +228,11 @@ def measure(config: Config, size: Size, ways: tuple[str, ...], folder: Path) -> 
 
 def agree(size: Size, numbers: dict[str, np.ndarray]) -> None:
     """Ends the program unless all numbers agree."""
-    first, *others = numbers
+    first, *others = (way for way in numbers if numbers[way].size)
     for other in others:
         apart = np.abs(numbers[first] - numbers[other]).max() / np.abs(numbers[other]).max()
         if not apart < TOLERANCE:
             sys.exit(f"{size.name}: void: {first} and {other} differ by {apart:.1e} of the largest")
-
-
-def ratios(ours: Measured, theirs: Measured, name: str) -> dict[str, float]:
-    """Ours over theirs: the median of neighbouring turns, and of the peaks of memory."""
-    return {
-        f"vs_{name}_time": statistics.median(map(operator.truediv, ours.turns, theirs.turns)),
-        f"vs_{name}_memory": ours.memory / theirs.memory,
-    }
 
 
 def main(config: Config) -> dict[str, Any]:

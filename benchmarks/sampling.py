@@ -11,8 +11,8 @@ Prints:  a table, and as last line one JSON object
 """
 
 import dataclasses
+import functools
 import json
-import operator
 import os
 import statistics
 import sys
@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks import frameworks
-from benchmarks.frameworks import Model, Running, ask, receive
+from benchmarks.frameworks import Measured, Model, Running, ratios
 
 HEADER = "batch x new framework     tokens/s  seconds     (min..max) peak GB"
 ROW = "{:>11} {:<12} {:9.1f} {:8.3f} {:7.3f}..{:6.3f} {:7.2f}"
@@ -68,15 +68,6 @@ class Size(NamedTuple):
         return f"{self.batch}x{self.new}"
 
 
-@dataclasses.dataclass
-class Measured:
-    """One framework at one size; seconds, bytes."""
-
-    tokens: np.ndarray
-    turns: list[float] = dataclasses.field(default_factory=list)
-    memory: int = 0
-
-
 def prompts(size: Size, vocab: int) -> np.ndarray:
     """Random ids ``[batch prompt]``."""
     shape = size.batch, size.prompt
@@ -98,7 +89,7 @@ def run_jaxpref(size: Size, model: Model, folder: Path) -> Running:
         return np.asarray(sample(policy, params, ids, whole, max_new=size.new, **options).tokens)
 
     greedy = draw(0.0, 1.0)
-    return Running(greedy, lambda: draw(size.temperature, size.top_p).size, lambda: None)
+    return Running(greedy, lambda: draw(size.temperature, size.top_p).size)
 
 
 def run_transformers(size: Size, model: Model, folder: Path) -> Running:
@@ -123,7 +114,7 @@ def run_transformers(size: Size, model: Model, folder: Path) -> Running:
         return found[:, size.prompt :].numpy()
 
     greedy = draw(0.0, 1.0)
-    return Running(greedy, lambda: draw(size.temperature, size.top_p).size, lambda: None)
+    return Running(greedy, lambda: draw(size.temperature, size.top_p).size)
 
 
 FRAMEWORKS = {"jaxpref": run_jaxpref, "transformers": run_transformers}
@@ -147,19 +138,11 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def measure(config: Config, size: Size, folder: Path) -> dict[str, Measured]:
-    """All frameworks at one size, their turns alternating."""
-    pipes, found = {}, {}
-    for name in config.frameworks:
-        pipes[name] = frameworks.start(FRAMEWORKS[name], size, config.model, folder)
-        found[name] = Measured(receive(pipes[name], name)[0])
-    agree(size, {name: run.tokens for name, run in found.items()})
-    for _ in range(config.repeats):
-        for name, run in found.items():
-            run.turns.append(ask(pipes[name], name, "step")[0])
-    for name, run in found.items():
-        run.memory = ask(pipes[name], name, "memory")
-        pipes[name].send("end")
-    return found
+    """All frameworks at one size."""
+    contenders = {
+        name: (FRAMEWORKS[name], size, config.model, folder) for name in config.frameworks
+    }
+    return frameworks.measure(contenders, config.repeats, functools.partial(agree, size))
 
 
 def agree(size: Size, tokens: dict[str, np.ndarray]) -> None:
@@ -182,9 +165,7 @@ def report(size: Size, measured: dict[str, Measured]) -> dict[str, Any]:
                          run.memory / 1e9))  # fmt: skip
         result[f"{name}_tokens_per_second"] = speed
     for name in others:
-        pairs = zip(measured[ours].turns, measured[name].turns, strict=True)
-        result[f"vs_{name}_time"] = statistics.median(operator.truediv(*pair) for pair in pairs)
-        result[f"vs_{name}_memory"] = measured[ours].memory / measured[name].memory
+        result |= ratios(measured[ours], measured[name], name)
     return result
 
 

@@ -13,7 +13,6 @@ Prints:  a table, and as last line one JSON object
 
 import dataclasses
 import json
-import operator
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 import tyro
 
 from benchmarks import frameworks
-from benchmarks.frameworks import MODELS, Model, Running, ask, receive
+from benchmarks.frameworks import MODELS, Measured, Model, Running, ratios
 from jaxpref.data.pairs import TokenPair
 
 HEADER = "pairs way        seconds     (min..max)  pairs/s peak GB  of GEMM peak"
@@ -87,7 +86,7 @@ def run_jaxpref(config: Config, number: int, folder: Path) -> Running:
 
     from jaxpref import score
 
-    policy, params, _ = frameworks.open_model(config.model)
+    policy, params, _ = frameworks.open_model(config.model, scan=True)
     pairs = draw(config, number)
 
     def scores() -> np.ndarray:
@@ -129,32 +128,11 @@ def run_torch(config: Config, number: int, folder: Path) -> Running:
 WAYS = {"jaxpref": run_jaxpref, "torch": run_torch}
 
 
-@dataclasses.dataclass
-class Measured:
-    """One way; seconds and bytes."""
-
-    numbers: np.ndarray
-    turns: list[float] = dataclasses.field(default_factory=list)
-    products: list[float] = dataclasses.field(default_factory=list)
-    memory: int = 0
-
-
 def measure(config: Config, number: int, ways: tuple[str, ...], folder: Path
             ) -> dict[str, Measured]:  # fmt: skip
-    """All ways on as many pairs, their turns alternating."""
-    pipes, found = {}, {}
-    for way in ways:
-        pipes[way] = frameworks.start(WAYS[way], config, number, folder)
-        found[way] = Measured(receive(pipes[way], way)[0])
-    agree({way: run.numbers for way, run in found.items()})
-    for _ in range(config.repeats):
-        for way, run in found.items():
-            run.turns.append(ask(pipes[way], way, "step")[0])
-            run.products.append(ask(pipes[way], way, "product"))
-    for way, run in found.items():
-        run.memory = ask(pipes[way], way, "memory")
-        pipes[way].send("end")
-    return found
+    """All ways on as many pairs."""
+    contenders = {way: (WAYS[way], config, number, folder) for way in ways}
+    return frameworks.measure(contenders, config.repeats, agree)
 
 
 def agree(numbers: dict[str, np.ndarray]) -> None:
@@ -216,12 +194,7 @@ def report(config: Config, number: int, found: dict[str, Measured]) -> dict[str,
         if run is ours:
             result = {"pairs_a_second": number / seconds, "of_gemm_peak": share}
             continue
-        result |= {
-            f"vs_obvious_{way}_time": statistics.median(
-                map(operator.truediv, ours.turns, run.turns)
-            ),
-            f"vs_obvious_{way}_memory": ours.memory / run.memory,
-        }
+        result |= ratios(ours, run, f"obvious_{way}")
     return result
 
 

@@ -12,6 +12,7 @@ Prints:  a table, and as last line one JSON object
 """
 
 import dataclasses
+import functools
 import json
 import operator
 import os
@@ -25,7 +26,7 @@ import numpy as np
 import tyro
 
 from benchmarks import frameworks
-from benchmarks.frameworks import Model, Optimizer, Size, ask, receive
+from benchmarks.frameworks import Measured, Model, Optimizer, Size, ratios
 
 HEADER = "pairs x tokens framework   step s     (min..max) first s peak GB  of GEMM peak"
 ROW = "{:>14} {:<9} {:8.3f} {:7.3f}..{:6.3f} {:7.1f} {:7.2f} {:13.2f}"
@@ -56,18 +57,6 @@ SMOKE = Config(
 )  # fmt: skip
 
 
-@dataclasses.dataclass
-class Measured:
-    """One framework at one size; seconds, bytes, nats."""
-
-    logp: np.ndarray
-    first_step: float
-    losses: list[float]
-    steps: list[float] = dataclasses.field(default_factory=list)
-    products: list[float] = dataclasses.field(default_factory=list)
-    memory: int = 0
-
-
 def main(config: Config) -> dict[str, Any]:
     """Measures, prints the table and the JSON object, and returns the latter."""
     config = dataclasses.replace(config, frameworks=frameworks.installed(config.frameworks))
@@ -89,24 +78,10 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def measure(config: Config, size: Size, folder: Path) -> dict[str, Measured]:
-    """All frameworks at one size, their steps alternating."""
-    pipes, found = {}, {}
-    for name in config.frameworks:
-        arguments = size, config.model, config.optimizer, config.product, folder
-        pipes[name] = frameworks.start(frameworks.FRAMEWORKS[name], *arguments)
-        logp, first, loss = receive(pipes[name], name)
-        found[name] = Measured(logp, first, [loss])
-    agree(size, {name: run.logp for name, run in found.items()})
-    for _ in range(config.repeats):
-        for name, run in found.items():
-            seconds, loss = ask(pipes[name], name, "step")
-            run.steps.append(seconds)
-            run.losses.append(loss)
-            run.products.append(ask(pipes[name], name, "product"))
-    for name, run in found.items():
-        run.memory = ask(pipes[name], name, "memory")
-        pipes[name].send("end")
-    return found
+    """All frameworks at one size."""
+    arguments = size, config.model, config.optimizer, config.product, folder
+    contenders = {name: (frameworks.FRAMEWORKS[name], *arguments) for name in config.frameworks}
+    return frameworks.measure(contenders, config.repeats, functools.partial(agree, size))
 
 
 def agree(size: Size, logp: dict[str, np.ndarray]) -> None:
@@ -145,19 +120,17 @@ def report(config: Config, size: Size, measured: dict[str, Measured]) -> dict[st
     for name, run in measured.items():
         fastest = min(min(each.products) for each in measured.values())
         peak = 2.0 * config.product**3 / fastest
-        step = statistics.median(run.steps)
+        step = statistics.median(run.turns)
         share = work(config.model, size, name) / step / peak
-        print(ROW.format(size.name, name, step, min(run.steps), max(run.steps), run.first_step,
+        print(ROW.format(size.name, name, step, min(run.turns), max(run.turns), run.first,
                          run.memory / 1e9, share))  # fmt: skip
         if run is ours:
-            result |= {"step": step, "first_step": run.first_step, "of_gemm_peak": share}
+            result |= {"step": step, "first_step": run.first, "of_gemm_peak": share}
             result |= {"memory": run.memory, "gemm_peak": peak}
             continue
-        result |= {
-            f"vs_{name}_time": statistics.median(map(operator.truediv, ours.steps, run.steps)),
-            f"vs_{name}_memory": ours.memory / run.memory,
-            f"vs_{name}_loss": max(map(abs, map(operator.sub, ours.losses, run.losses))),
-        }
+        result |= ratios(ours, run, name)
+        apart = map(abs, map(operator.sub, ours.returned, run.returned))
+        result[f"vs_{name}_loss"] = max(apart)
     return result
 
 

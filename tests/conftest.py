@@ -19,12 +19,14 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """Fewer passes of the compiler, for files whose tests do little but compile."""
+    """Fewer passes of the compiler, here and in new processes, for files that do little else."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

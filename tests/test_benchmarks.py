@@ -23,8 +23,8 @@ def test_smoke_size_prints_a_row_and_the_ratios(capsys):
 def test_ratios_are_ours_over_theirs(capsys):
     config = dataclasses.replace(train_step.SMOKE, frameworks=("jaxpref", "torch"))
     logp = np.zeros((2, 2, 4))
-    ours = train_step.Measured(logp, 1.0, [0.5], steps=[1.0, 2.0, 9.0], products=[1.0], memory=3)
-    theirs = train_step.Measured(logp, 1.0, [0.4], steps=[2.0, 4.0, 4.0], products=[2.0], memory=4)
+    ours = frameworks.Measured(logp, 1.0, [0.5], [1.0, 2.0, 9.0], [1.0], 3)
+    theirs = frameworks.Measured(logp, 1.0, [0.4], [2.0, 4.0, 4.0], [2.0], 4)
     size = frameworks.Size(2, 8, 4)
     result = train_step.report(config, size, {"jaxpref": ours, "torch": theirs})
     # Of the neighbouring steps' ratios 0.5, 0.5 and 2.25 the median.
@@ -78,12 +78,6 @@ def test_pair_grams_at_smoke_size(capsys):
     assert result["token_gram_vs_backward_per_token"] > 0
 
 
-def test_pair_gram_ratios_are_ours_over_theirs():
-    ours = pair_gram.Measured(np.zeros(1), [1.0, 2.0, 9.0], 3)
-    theirs = pair_gram.Measured(np.zeros(1), [2.0, 4.0, 4.0], 4)
-    assert pair_gram.ratios(ours, theirs, "x") == {"vs_x_time": 0.5, "vs_x_memory": 0.75}
-
-
 def test_grams_that_differ_void_the_comparison():
     size, grams = frameworks.Size(1, 8, 4), np.array([100.0, 1.0])
     pair_gram.agree(size, {"fast": grams, "torch": grams + 0.05})
@@ -101,8 +95,8 @@ def test_sampling_at_smoke_size(capsys):
 
 def test_sampling_ratios_are_ours_over_theirs():
     tokens, size = np.zeros((2, 4), int), sampling.Size(2, 3, 4, 0.0, 1.0)
-    ours = sampling.Measured(tokens, [1.0, 2.0, 9.0], 3)
-    theirs = sampling.Measured(tokens, [2.0, 4.0, 4.0], 4)
+    ours = frameworks.Measured(tokens, 1.0, [0], [1.0, 2.0, 9.0], [], 3)
+    theirs = frameworks.Measured(tokens, 1.0, [0], [2.0, 4.0, 4.0], [], 4)
     result = sampling.report(size, {"jaxpref": ours, "transformers": theirs})
     assert result["vs_transformers_time"] == 0.5
     assert result["vs_transformers_memory"] == 0.75
@@ -128,8 +122,8 @@ def test_scores_at_smoke_size(capsys):
 
 
 def test_score_ratios_are_ours_over_theirs(capsys):
-    ours = score_pairs.Measured(np.zeros((3, 3)), [1.0, 2.0, 9.0], [1.0], 3)
-    theirs = score_pairs.Measured(np.zeros((3, 3)), [2.0, 4.0, 4.0], [2.0], 4)
+    ours = frameworks.Measured(np.zeros((3, 3)), 1.0, [0], [1.0, 2.0, 9.0], [1.0], 3)
+    theirs = frameworks.Measured(np.zeros((3, 3)), 1.0, [0], [2.0, 4.0, 4.0], [2.0], 4)
     result = score_pairs.report(score_pairs.SMOKE, 3, {"jaxpref": ours, "torch": theirs})
     assert result["vs_obvious_torch_time"] == 0.5
     assert result["vs_obvious_torch_memory"] == 0.75

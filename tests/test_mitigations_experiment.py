@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import mitigations as lab
+from experiments.mitigations import measure, methods, start, summary
+from experiments.mitigations.__main__ import main
 from jaxpref import losses
 from jaxpref.training import mitigations
 
@@ -42,7 +44,7 @@ def made(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["mitigations", "--name", "tiny", *flags])
-        lab.main()
+        main()
     plt.close("all")
     return config, cwd / "runs" / "mitigations" / "tiny", out.getvalue()
 
@@ -95,22 +97,22 @@ def test_the_loss_of_a_method_by_hand():
     reference = jnp.full((1, 2, 2), -1.0)
     target = jnp.array([[[True, True], [True, False]]])
     gram = jnp.array([[[4.0, 1.0], [1.0, 9.0]]])
-    seen = lab.Seen(token_logp, reference, target, target, gram)
+    seen = methods.Seen(token_logp, reference, target, target, gram)
     logits = jnp.zeros((1, 2, 2))
     config = lab.Config()
-    plain = lab.loss_of(config, "dpo", seen, logits)
+    plain = methods.loss_of(config, "dpo", seen, logits)
     margin = 0.1 * ((-3.0 - -2.0) - (-3.0 - -1.0))
     np.testing.assert_allclose(plain, -jax.nn.log_sigmoid(margin))
-    np.testing.assert_allclose(lab.loss_of(config, "contrast mask", seen, logits), plain)
+    np.testing.assert_allclose(methods.loss_of(config, "contrast mask", seen, logits), plain)
 
-    pull, _ = lab._pulls(config, "normalised", seen, logits)
+    pull, _ = measure._pulls(config, "normalised", seen, logits)
     weight = 0.1 * jax.nn.sigmoid(-margin)
     expected = [[[-weight / 2, -weight / 2], [weight / 3, 0]]]
     np.testing.assert_allclose(pull, expected)
-    value = lab.loss_of(config, "normalised", seen, logits)
+    value = methods.loss_of(config, "normalised", seen, logits)
     np.testing.assert_allclose(value, plain)
 
-    _, slope = lab._pulls(config, "learned mask", seen, logits)
+    _, slope = measure._pulls(config, "learned mask", seen, logits)
     price = jax.grad(
         lambda x: losses.dpo(
             (mitigations.learned_mask(x, target) * (token_logp - reference)).sum(-1),
@@ -122,9 +124,9 @@ def test_the_loss_of_a_method_by_hand():
 
 def test_matched_margins_lie_between_looks():
     course = {"margin": np.array([0.0, 1.0, 3.0]), "chosen": np.array([0.0, -1.0, -2.0])}
-    assert lab.at_margin(course, 2.0) == {"margin": 2.0, "chosen": -1.5}
-    assert lab.at_margin(course, 0.0)["chosen"] == 0.0
-    assert math.isnan(lab.at_margin(course, 4.0)["chosen"])
+    assert summary.at_margin(course, 2.0) == {"margin": 2.0, "chosen": -1.5}
+    assert summary.at_margin(course, 0.0)["chosen"] == 0.0
+    assert math.isnan(summary.at_margin(course, 4.0)["chosen"])
 
 
 @pytest.mark.parametrize(
@@ -138,4 +140,4 @@ def test_matched_margins_lie_between_looks():
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        lab.load(dataclasses.replace(lab.Config(), **settings))
+        start.load(dataclasses.replace(lab.Config(), **settings))

@@ -13,7 +13,7 @@ from flax import nnx
 from pyarrow import parquet
 
 from jaxpref import embeddings, logprobs, score
-from jaxpref.data import pairs
+from jaxpref.data import batches, pairs
 from jaxpref.data.files import DataError
 from jaxpref.models import decoder
 from jaxpref.score import __main__ as score_command
@@ -22,14 +22,13 @@ from jaxpref.training import parallel
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
+SIZES = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
 VOCAB, END, SPOILT = 23, 1, 22  # no pair of the data holds the last
 
 
 @pytest.fixture(scope="module")
 def model():
-    config = decoder.DecoderConfig(
-        vocab=VOCAB, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=32
-    )
+    config = decoder.DecoderConfig(vocab=VOCAB, **SIZES)
     return decoder.functional(
         decoder.Decoder(
             config, rngs=nnx.Rngs(0), param_dtype=jnp.float64, compute_dtype=jnp.float64
@@ -119,8 +118,23 @@ def test_the_size_of_batches_changes_nothing(model, data, scored, tokens):
 
 def test_devices_share_the_pairs(model, data, scored):
     mesh = parallel.data_mesh()
+    assert mesh.devices.size == 2
     again = score.score_pairs(model[0], model[1], data, tokens=64, mesh=mesh)
     np.testing.assert_allclose(again["ches"], scored["ches"], rtol=1e-12, atol=1e-12)
+
+
+def test_memory_does_not_grow_with_the_vocabulary(data):
+    batch = batches.collate(data, [0, 1], pad_id=0)[:3]
+    length = int(logprobs.packed_lengths(*batch[:2]).max())
+
+    def room(vocab):
+        config = decoder.DecoderConfig(vocab=vocab, **SIZES)
+        policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0)))
+        arguments = policy, ("alpha_weighted_ches",), None, length, params, batch
+        program = scoring._scores.lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert room(2**17) < room(2**14) + 1000  # counters of loops; logits would be megabytes
 
 
 def test_a_killed_run_goes_on(model, data, scored, tmp_path, monkeypatch):
@@ -144,8 +158,8 @@ def test_a_killed_run_goes_on(model, data, scored, tmp_path, monkeypatch):
     calls.clear()
     monkeypatch.setattr(scoring, "_batch_scores", until(99))
     found = score.score_pairs(model[0], model[1], data, tokens=1, folder=tmp_path)
-    batches = len(list(tmp_path.glob("*.npz")))
-    assert len(calls) == batches - 2 > 0
+    kept = len(list(tmp_path.glob("*.npz")))
+    assert len(calls) == kept - 2 > 0
     for name, values in whole.items():
         np.testing.assert_array_equal(found[name], values, err_msg=name)
 
@@ -229,8 +243,12 @@ def test_the_command_scores_and_filters(command, tmp_path, capsys):
     lowest = sorted(sorted(range(4), key=lambda i: (table["length_difference"][i], i))[:2])
     with gzip.open(out, "rt") as file:
         assert [json.loads(line) for line in file] == [ROWS[table["row"][i]] for i in lowest]
-    told = capsys.readouterr().err
-    assert "1 rows left out: 2" in told
+    said = capsys.readouterr()
+    assert "1 rows left out: 2" in said.err
+    (line,) = [line for line in said.out.splitlines() if line.startswith("length_difference")]
+    longer = table["length_difference"]
+    three = [min(longer), float(np.median(longer)), max(longer)]
+    assert [float(x) for x in line.split()[1:]] == [*three, 1.0]
     assert not list(tmp_path.glob("*.parts"))
 
 

@@ -9,13 +9,14 @@ import collections
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
+from scipy import stats
 
 from jaxpref.data import files
 from jaxpref.data.files import TextPair
@@ -82,7 +83,9 @@ def main(options: Options) -> dict[str, np.ndarray]:
     if options.by not in options.columns and options.filter:
         raise ValueError(f"by: got {options.by}, expected one of the columns")
     pairs = read(options)
-    model = pretrained.load(options.model) if options.model else pretrained.smollm2()
+    # With the layers scanned a program compiles one of them; there is one for each length.
+    path = options.model
+    model = pretrained.load(path, scan=True) if path else pretrained.smollm2(scan=True)
     if model.tokenizer is None:
         raise ValueError(f"model: {options.model} has no tokenizer.json, expected one")
     encoded, counts = encode(
@@ -98,13 +101,29 @@ def main(options: Options) -> dict[str, np.ndarray]:
     )  # fmt: skip
     scores = {"row": np.array([pair.row for pair in pairs]), **scores}
     _write(options.out, scores)
-    print(f"{options.out}: {len(pairs)} pairs, {', '.join(scores)}")
+    print(f"{options.out}: {len(pairs)} pairs\n{table(scores, options.columns)}")
     if options.filter:
         kept = lowest(scores[options.by], options.keep)
         files.filter_file(options.data, scores["row"][kept], options.filter)
         print(f"{options.filter}: {len(kept)} rows with the lowest {options.by}")
     shutil.rmtree(folder)
     return scores
+
+
+def table(scores: Mapping[str, np.ndarray], columns: Sequence[str]) -> str:
+    """Lowest, median and highest of each score, and what of its order the lengths alone tell."""
+    longer = scores["rejected_tokens"] - scores["chosen_tokens"]
+    head = f"{'':<24}{'lowest':>12}{'median':>12}{'highest':>12}"
+    lines = [f"{head}  Spearman with rejected - chosen tokens"]
+    for name in columns:
+        three = "".join(f"{x:>12.4g}" for x in np.quantile(scores[name], (0, 0.5, 1)))
+        lines.append(f"{name:<24}{three}  {_spearman(scores[name], longer):+.2f}")
+    return "\n".join(lines)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    both = np.ptp(x) > 0 and np.ptp(y) > 0
+    return np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1] if both else float("nan")
 
 
 def lowest(scores: np.ndarray, share: float) -> np.ndarray:

@@ -126,13 +126,13 @@ def _packed_length(pair: TokenPair) -> int:
 
 
 def _plan(lengths: Sequence[int], tokens: int, devices: int) -> Iterator[_Part]:
-    """Batches of pairs of similar length; lengths are rounded up to few sizes."""
-    rounded = np.array([_rounded(length) for length in lengths])
-    for length in sorted(set(rounded.tolist())):
-        rows = np.flatnonzero(rounded == length)
+    """Batches of pairs of similar length, the longest first."""
+    order = np.argsort(lengths, kind="stable")[::-1]
+    while order.size:
+        length = _rounded(lengths[order[0]])
         size = devices * max(1, tokens // (length * devices))
-        for begin in range(0, len(rows), size):
-            yield _Part(rows[begin : begin + size], length, size)
+        rows, order = order[:size], order[size:]
+        yield _Part(rows, length, min(size, -(-len(rows) // devices) * devices))
 
 
 def _rounded(length: int) -> int:
@@ -171,7 +171,7 @@ def _rate(policy: Policy, length: int, params: PyTree, pair: Any) -> jax.Array:
 
 
 def _batch_scores(compute, params, pairs, part: _Part) -> dict[str, np.ndarray]:
-    rows = np.resize(part.rows, part.size)  # the last batch of a length repeats some
+    rows = np.resize(part.rows, part.size)  # of the last batch each device gets as many
     batch = batches.collate(pairs, rows, pad_id=0, buckets=[part.length + 1])[:3]
     scores = compute(part.length, params, batch)
     return {name: np.asarray(x)[: len(part.rows)] for name, x in scores.items()}

@@ -1,0 +1,127 @@
+"""Where all parts of a run begin: model, pairs, compiled functions, the reference."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common
+from experiments.mitigations.methods import MASKS, pull_methods
+from experiments.mitigations.protocol import Config
+from jaxpref import gradients, logprobs
+from jaxpref.data import batches, files, preferences, sentiment
+from jaxpref.models import pretrained
+from jaxpref.training import mitigations
+
+
+def load(config: Config) -> tuple[common.Subject, common.Problem]:
+    """Model and pairs of a run; raises for settings that cannot be run."""
+    for name in ("pairs", "batch", "updates", "every", "seeds"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    known = (*pull_methods(config), *MASKS)
+    for method in config.methods:
+        if method not in known:
+            raise ValueError(f"methods: got {method!r}, expected some of {', '.join(known)}")
+    texts = _texts(config)
+    if 2 * config.pairs > len(texts):
+        raise ValueError(
+            f"pairs: got {config.pairs} and as many held out, expected {len(texts)} in all"
+        )
+    batches.steps_per_epoch(config.pairs, config.batch)
+    subject = common.open_model(config.model)
+    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+
+
+def _texts(config: Config) -> list[files.TextPair]:
+    if config.data == "preferences":
+        return preferences.load()
+    kinds: dict[str, sentiment.Kind] = {"single": "single", "short": "short", "long": "long"}
+    if config.data in kinds:
+        return sentiment.pairs(kinds[config.data], 2 * config.pairs * config.seeds, seed=0)
+    return files.read_pairs(config.data, bad="drop")
+
+
+def hashes(config: Config) -> dict[str, str]:
+    """Of model and data, for the provenance."""
+    subject, problem = load(config)
+    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+
+
+class Programs(NamedTuple):
+    """The compiled functions that all parts of a run share."""
+
+    tokens: Any  # (params, batch) -> (token log-probabilities, is_target, targets)
+    grams: Any  # (params, arrays) -> [pairs 2 2]
+    back: Any  # (params, batch, pull of each token) -> gradient of the mean loss
+    divergence: Any  # (params, reference params, batch) -> mean nats a token
+
+
+def programs(problem: common.Problem, policy) -> Programs:
+    """Compiled once a run; what differs between methods is between them, and small."""
+
+    def tokens(params, batch):
+        found = problem.hidden(params, batch)
+        head = policy.unembedding(params)
+        return logprobs.token_logprobs_chunked(found.hidden, head, found.targets), found
+
+    @jax.jit
+    def seen(params, batch):
+        logp, found = tokens(params, batch)
+        return logp, found.is_target, found.targets
+
+    @jax.jit
+    def back(params, batch, pull):
+        _, pullback = jax.vjp(lambda p: tokens(p, batch)[0], params)
+        return pullback(pull / len(pull))[0]
+
+    @jax.jit
+    def divergence(params, reference, batch):
+        ours, theirs = problem.hidden(params, batch), problem.hidden(reference, batch)
+        heads = policy.unembedding(params), policy.unembedding(reference)
+        each = logprobs.token_kl(ours.hidden, heads[0], theirs.hidden, heads[1])
+        kept = jnp.where(ours.is_target, each, jnp.zeros_like(each))
+        return kept.sum() / ours.is_target.sum()
+
+    @jax.jit
+    def grams(params, arrays):
+        return gradients.pair_grams(problem.logp, params, arrays, responses="together").gram
+
+    return Programs(seen, grams, back, divergence)
+
+
+class Start(NamedTuple):
+    """Where all runs of an experiment begin."""
+
+    problem: common.Problem
+    params: Any
+    token_reference: np.ndarray  # [rows 2 response]
+    is_target: np.ndarray
+    contrast: np.ndarray
+
+
+def begin(config: Config, subject, problem, run: Programs) -> Start:
+    """The supervised phase, and the reference log-probability of every token."""
+    params = common.supervise(
+        problem, subject.params, optax.adam(config.supervised_rate),
+        steps=config.supervised, batch=config.batch, seed=0,
+    )  # fmt: skip
+    needed = sorted(
+        {int(i) for seed in range(config.seeds) for i in rows_of(config, problem, seed)}
+    )
+    reference = mask = words = None
+    for i in needed:
+        found = [np.asarray(x)[0] for x in run.tokens(params, problem.rows([i]))]
+        if reference is None:
+            shapes = [np.zeros((len(problem), *x.shape), x.dtype) for x in found]
+            reference, mask, words = shapes
+        reference[i], mask[i], words[i] = found  # pyright: ignore[reportOptionalSubscript]
+    contrast = mitigations.contrast_mask(words, mask)  # pyright: ignore[reportArgumentType]
+    return Start(problem, params, reference, mask, contrast)  # pyright: ignore[reportArgumentType]
+
+
+def rows_of(config: Config, problem, seed: int) -> np.ndarray:
+    """Rows of a seed: first those trained on, then those held out."""
+    return batches.order(len(problem), 2 * config.pairs, seed, 0)
