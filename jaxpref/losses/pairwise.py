@@ -353,33 +353,113 @@ def dpo_shift(
     return -jax.nn.log_sigmoid(beta * (u[..., 0] - shift * u[..., 1]))
 
 
-def sppo(
+def ln_dpo(
     logp: Float[AnyArray, "*pairs 2"],
     reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
     *,
-    beta: Hyperparameter = 1e-3,
+    beta: Hyperparameter = 2.0,
 ) -> Float[Array, "*pairs"]:
-    r"""Self-play preference optimisation with hard labels: each response has a target of its own.
+    r"""Length-normalised DPO: the margin of log-ratios averaged over tokens.
 
-    .. math:: \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2
+    .. math:: -\log\sigma\left(\beta\left(\frac{u_w}{n_w} - \frac{u_l}{n_l}\right)\right)
 
-    Win probabilities are 1 and 0 and the constant in front is 1, as in TRL's ``sppo_hard``; the
-    authors' code has 1/2 in front and measured win probabilities in place of 1 and 0.
+    Policy and reference are both divided, so ``d_y = β σ(-x) / n_y``. `beta` is on another scale
+    than DPO's, about the average length times it.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
-        reference: The same under the frozen reference (the previous iterate); gets no gradient.
-        beta: ``1/η`` of the paper, above 0; the targets are ``±1/(2β)`` nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response.
+        beta: Inverse temperature, tokens per nat, above 0.
 
     Returns:
-        One loss a pair, nats squared.
+        One loss a pair, nats. An empty response has a mean of 0.
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
 
     References:
-        Wu et al. (2024), the SPPO loss with P = 1 and 0, https://arxiv.org/abs/2405.00675
+        Ahrabian et al. (2024), LN-DPO, https://arxiv.org/abs/2407.15229
+    """
+    u = per_token(log_ratio(logp, reference), lengths)
+    return -jax.nn.log_sigmoid(positive("beta", beta, u) * margin(u))
+
+
+def rpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.01,
+    eta: Hyperparameter = 0.005,
+) -> Float[Array, "*pairs"]:
+    r"""Regularised preference optimisation: DPO and the likelihood of the chosen, as a sum.
+
+    .. math:: -\log\sigma(\beta(u_w - u_l)) - \eta\beta\log\pi_w
+
+    The form of the authors' trainer: the weight is `eta` times `beta`, so
+    ``d_w = β(σ(-x) + η)`` against ``d_l = β σ(-x)``.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+        eta: Weight of the likelihood term, 0 (DPO) or above, times `beta`.
+
+    Returns:
+        One loss a pair, nats.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `eta` not one of 0 or above.
+
+    Differs:
+        The authors' other code and TRL average the likelihood term over tokens, `rpo_token_mean`.
+
+    References:
+        Liu et al. (2024), the RPO loss as in its code, https://arxiv.org/abs/2405.16436
     """
     u = log_ratio(logp, reference)
-    target = 1 / (2 * positive("beta", beta, u))
-    return (u[..., 0] - target) ** 2 + (u[..., 1] + target) ** 2
+    beta, eta = positive("beta", beta, u), nonnegative("eta", eta, u)
+    return -jax.nn.log_sigmoid(beta * margin(u)) - eta * beta * wide(logp)[..., 0]
+
+
+def rpo_token_mean(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    alpha: Hyperparameter = 1.0,
+) -> Float[Array, "*pairs"]:
+    r"""DPO and the likelihood of the chosen response, as a mean over its tokens.
+
+    .. math:: -\log\sigma(\beta(u_w - u_l)) - \alpha a_w
+
+    ``d_w = β σ(-x) + α/n_w``. The likelihood term of RPO and of iterative reasoning preference
+    optimisation as most code has it.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response; only the chosen one's is used.
+        beta: Inverse temperature, per nat, above 0.
+        alpha: Weight of the likelihood term, 0 (DPO) or above, not times `beta`.
+
+    Returns:
+        One loss a pair, nats. An empty response has a mean of 0.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `alpha` not one of 0 or above.
+
+    Differs:
+        TRL means over all chosen tokens of the batch, not over each response. TRL 0.9 weighs the
+        DPO term instead; from 0.10 to 0.28 ``rpo_alpha`` is `alpha`, and tokens with id 0 are left
+        out; from 0.29 on it is ``loss_type=["sigmoid", "sft"]`` with ``loss_weights``.
+
+    References:
+        Pang et al. (2024), Eq. 1, https://arxiv.org/abs/2404.19733
+    """
+    u = log_ratio(logp, reference)
+    beta, alpha = positive("beta", beta, u), nonnegative("alpha", alpha, u)
+    chosen_mean = per_token(wide(logp), lengths)[..., 0]
+    return -jax.nn.log_sigmoid(beta * margin(u)) - alpha * chosen_mean
