@@ -13,6 +13,7 @@ from jaxpref import losses
 REFERENCE, LENGTHS = jnp.array([-13.0, -14.2]), jnp.array([9.0, 12.0])
 A = jnp.array([-12.3, -15.1])  # log-ratios 0.7 and -0.9: margin 1.6
 B = jnp.array([-13.5, -12.9])  # log-ratios -0.5 and 1.3: margin -1.8
+ONES = jnp.ones(2)
 DATA = {
     "reference": REFERENCE,
     "lengths": LENGTHS,

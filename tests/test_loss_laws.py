@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from loss_points import LENGTHS, REFERENCE, A, B, bound
+from loss_points import LENGTHS, ONES, REFERENCE, A, B, bound
 
 from jaxpref import losses
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-ONES = jnp.ones(2)
 NO_REFERENCE = {"reference": jnp.zeros(2)}
 TWINS = {
     "cdpo of no flips is dpo": (("cdpo", {"epsilon": 0}), ("dpo", {})),

@@ -202,8 +202,8 @@ def pulls(loss: Callable) -> Pulls:
     size = np.abs(points[len(SINGLE) :])
     inside = grid[((size >= 10 * EDGES[0]) & (size <= EDGES[1] / 10)).all(axis=-1)]
     low, high = (_extreme(grid, inside, side) for side in (-1, 1))
-    limits = (_limit(*pair) for pair in ((right, right_far), (wrong, wrong_far)))
-    return Pulls(value[0], here, low, high, *limits, equality(grid))
+    right, wrong = _limit(right, right_far), _limit(wrong, wrong_far)
+    return Pulls(value[0], here, low, high, right, wrong, equality(grid))
 
 
 def _points(held: bool) -> tuple[jax.Array, jax.Array]:  # noqa: FBT001

@@ -21,8 +21,7 @@ def sppo(
 
     .. math:: \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2
 
-    Win probabilities are 1 and 0 and the constant in front is 1, as in TRL's ``sppo_hard``; the
-    authors' code has 1/2 in front and measured win probabilities in place of 1 and 0.
+    Win probabilities are 1 and 0 and the constant in front is 1.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -34,6 +33,10 @@ def sppo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        TRL's ``sppo_hard``. The authors' code has 1/2 in front and measured win probabilities in
+        place of 1 and 0, which is `sppo_soft`.
 
     References:
         Wu et al. (2024), the SPPO loss with P = 1 and 0, https://arxiv.org/abs/2405.00675
@@ -107,7 +110,7 @@ def nca_pair(
         ValueError: `beta` is not a finite number above 0.
 
     Differs:
-        `beta` of the paper; TRL's default is 0.1.
+        `beta` is 0.01 in the paper, 0.1 by default in TRL.
 
     References:
         Chen et al. (2024), the NCA loss of pairs, https://arxiv.org/abs/2402.05369

@@ -92,7 +92,7 @@ def cdpo(
     .. math:: -(1-\epsilon)\log\sigma(x) - \epsilon\log\sigma(-x), \quad x = \beta(u_w - u_l)
 
     ``d_w = d_l = β(σ(-x) - ε)``: the pull turns round past ``x = log((1-ε)/ε)`` and holds the
-    margin there. Newer versions of TRL accept its ``label_smoothing`` for DPO and ignore it.
+    margin there.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -105,6 +105,10 @@ def cdpo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `epsilon` not in [0, 0.5).
+
+    Differs:
+        TRL has it as ``label_smoothing`` of DPO up to 0.28; later versions accept that and ignore
+        it.
 
     References:
         Mitchell (2023), A note on DPO with noisy preferences, https://ericmitchell.ai/cdpo.pdf
@@ -162,8 +166,7 @@ def ipo(
 
     .. math:: \left(u_w - u_l - \frac{1}{2\tau}\right)^2
 
-    The form of the paper and of the DPO authors' code. Other code (TRL since 0.7.11, HALOs) uses
-    token means, which is `ipo_length_normalised`. The pull turns round past the target.
+    The pull turns round past the target.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -175,6 +178,10 @@ def ipo(
 
     Raises:
         ValueError: `tau` is not a finite number above 0.
+
+    Differs:
+        The form of the paper and of the DPO authors' code. TRL since 0.7.11 and HALOs use token
+        means, which is `ipo_length_normalised`.
 
     References:
         Azar et al. (2023), Eq. 17, https://arxiv.org/abs/2310.12036
@@ -194,9 +201,7 @@ def ipo_length_normalised(
 
     .. math:: \left(\frac{u_w}{n_w} - \frac{u_l}{n_l} - \frac{1}{2\tau}\right)^2
 
-    The form of TRL since 0.7.11 (which reports the authors' word that they used it), not of the
-    paper's equation. HALOs divides by the tokens of nonzero log-ratio instead, which is 0/0 where
-    policy and reference agree; here ``n`` counts the scored tokens.
+    ``n`` counts the scored tokens. The pull turns round past the target.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -209,6 +214,11 @@ def ipo_length_normalised(
 
     Raises:
         ValueError: `tau` is not a finite number above 0.
+
+    Differs:
+        The form of TRL since 0.7.11, which reports the authors' word that they used it, not of the
+        paper's equation. HALOs divides by the tokens of nonzero log-ratio instead, which is 0/0
+        where policy and reference agree.
 
     References:
         Azar et al. (2023), Eq. 17, with token means, https://arxiv.org/abs/2310.12036
@@ -227,7 +237,7 @@ def hinge(
 
     .. math:: \max(0, 1 - \beta(u_w - u_l))
 
-    The hinge-norm loss of RSO. TRL calls it SLiC, but `slic_hf` has no reference and a term more.
+    The hinge-norm loss of RSO.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -239,6 +249,9 @@ def hinge(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        TRL calls it SLiC, but `slic_hf` has no reference and a term more.
 
     References:
         Liu et al. (2023), the hinge-norm loss, https://arxiv.org/abs/2309.06657
@@ -294,8 +307,8 @@ def dpop(
 
     .. math:: -\log\sigma(\beta (u_w - u_l - \lambda \max(0, -u_w)))
 
-    The paper's form, penalty inside the logistic and multiplied by ``β``; some code has it
-    outside. ``d_w/d_l = 1 + λ`` while the penalty is on, 1 otherwise.
+    The penalty is inside the logistic and multiplied by ``β``. ``d_w/d_l = 1 + λ`` while the
+    penalty is on, 1 otherwise.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -308,6 +321,9 @@ def dpop(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `lam` not one of 0 or above.
+
+    Differs:
+        Some code has the penalty outside the logistic. turbo-alignment's default `lam` is 0.1.
 
     References:
         Pal et al. (2024), the DPOP loss, https://arxiv.org/abs/2402.13228

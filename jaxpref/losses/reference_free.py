@@ -32,8 +32,7 @@ def slic_hf(
 
     .. math:: \max(0, \delta - \log\pi_w + \log\pi_l) - \lambda \log\pi_w
 
-    The second term takes the chosen response for the paper's supervised target, as code does. The
-    newest HALOs adds it per token instead of per pair, which is a mistake of shapes.
+    The second term takes the chosen response for the paper's supervised target.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -45,6 +44,10 @@ def slic_hf(
 
     Raises:
         ValueError: `delta` or `lam` is not a finite number, 0 or above.
+
+    Differs:
+        The newest HALOs adds the second term per token instead of per pair, which is a mistake of
+        shapes. What TRL calls SLiC is `hinge`.
 
     References:
         Zhao et al. (2023), the rank calibration loss, https://arxiv.org/abs/2305.10425
@@ -65,8 +68,7 @@ def simpo(
 
     .. math:: -\log\sigma(\beta (a_w - a_l) - \gamma)
 
-    ``γ`` as in the paper and TRL. The authors' code is set by the ratio ``γ/β`` instead; TRL's
-    loss of this name adds a likelihood term unless told not to.
+    ``d_y = β σ(-x) / n_y``: the shorter response is pulled the harder.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -79,6 +81,10 @@ def simpo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `gamma` not one of 0 or above.
+
+    Differs:
+        ``γ`` as in the paper and TRL; the authors' code is set by the ratio ``γ/β`` instead. TRL's
+        loss of this name adds a likelihood term unless ``cpo_alpha`` is 0.
 
     References:
         Meng et al. (2024), Eq. 6, https://arxiv.org/abs/2405.14734
@@ -98,8 +104,7 @@ def cpo(
 
     .. math:: -\log\sigma(\beta(\log\pi_w - \log\pi_l)) - \alpha \log\pi_w
 
-    The paper's form. The authors' code and TRL average the likelihood term over tokens, which is
-    `cpo_token_mean` and pulls far less on the chosen response.
+    ``d_w = β σ(-x) + α`` against ``d_l = β σ(-x)``.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -111,6 +116,11 @@ def cpo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `alpha` not one of 0 or above.
+
+    Differs:
+        The paper's form. The authors' code and TRL average the likelihood term over tokens, which
+        is `cpo_token_mean` and pulls far less on the chosen response. The newest code of the
+        authors is another loss, ARPO.
 
     References:
         Xu et al. (2024), the CPO objective, https://arxiv.org/abs/2401.08417
@@ -131,8 +141,7 @@ def cpo_token_mean(
 
     .. math:: -\log\sigma(\beta(\log\pi_w - \log\pi_l)) - \alpha a_w
 
-    The form of the authors' code and TRL for one pair; in a batch they take the mean over all
-    chosen tokens of the batch, here it is over each response. The preference term stays a sum.
+    The preference term stays a sum.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -145,6 +154,10 @@ def cpo_token_mean(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `alpha` not one of 0 or above.
+
+    Differs:
+        The form of the authors' code and TRL for one pair; in a batch they take the mean over all
+        chosen tokens of the batch, here it is over each response.
 
     References:
         Xu et al. (2024), the CPO objective as in its code, https://arxiv.org/abs/2401.08417
@@ -165,9 +178,7 @@ def rrhf(
 
     .. math:: \max(0, a_l - a_w) - \lambda \log\pi_w
 
-    The paper's weights and its sum of log-probabilities in the second term. The authors' code
-    multiplies the rank term by 100 and averages the other over the padded sequence, prompt
-    included.
+    Of more than two responses it is `rrhf_list`.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -180,6 +191,11 @@ def rrhf(
 
     Raises:
         ValueError: `lam` is not a finite number, 0 or above.
+
+    Differs:
+        The paper's weights and its sum of log-probabilities in the second term. The authors' code
+        multiplies the rank term by 100 and averages the other over the padded sequence, prompt
+        included.
 
     References:
         Yuan et al. (2023), the rank and the fine-tuning loss, https://arxiv.org/abs/2304.05302
@@ -200,7 +216,7 @@ def orpo(
     .. math:: -a_w - \lambda\log\sigma(o_w - o_l), \quad o = a - \log(1 - e^{a})
 
     Odds are of the token's mean probability ``e^a``. The likelihood term reads response tokens
-    only; the authors' code and TRL include the prompt's by default.
+    only.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -216,6 +232,11 @@ def orpo(
 
     Raises:
         ValueError: `lam` is not a finite number, 0 or above.
+
+    Differs:
+        The authors' code and TRL include the prompt's tokens in the likelihood term by default;
+        tunix takes sums for means by default, which makes odds probabilities. Several libraries
+        take the logarithm of ``1 - e^a`` as written, which is infinite for certain responses.
 
     References:
         Hong et al. (2024), Eqs. 6 and 7, https://arxiv.org/abs/2403.07691
@@ -347,7 +368,9 @@ def confpo(
     scored = jnp.asarray(is_response)
     logp = jnp.where(scored, wide(token_logp), 0.0)
     beta, gamma = positive("beta", beta, logp), nonnegative("gamma", gamma, logp)
-    p = jnp.where(scored, jnp.exp(logp), 0.0)
+    # Probabilities relative to the largest: those of improbable responses would all be 0.
+    most = jnp.max(logp, axis=-1, keepdims=True, where=scored, initial=-jnp.inf)
+    p = jnp.where(scored, jnp.exp(jax.lax.stop_gradient(logp - most)), 0.0)
     mean = p.sum(-1, keepdims=True) / jnp.maximum(scored.sum(-1, keepdims=True), 1).astype(p.dtype)
     kept = scored & ~(p >= mean)  # not p < mean: a NaN is kept, to be seen
     count = kept.sum(-1)
