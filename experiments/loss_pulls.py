@@ -20,12 +20,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments import common
 from jaxpref.losses import __main__ as catalogue
 
 CHOSEN, REJECTED, BOTH = "#1b6ca8", "#c8402f", "#6b3fa0"
 COLUMNS = 8
+ROOMS = (  # in this order; others after them
+    "pairwise", "links", "divergences", "anchored", "reference_free", "logic", "listwise",
+    "transport", "unpaired",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Config:
 
     nats: float = 100.0
     """How far a response moves up and down from where the policy is its reference."""
-    points: int = 101
+    points: int = 201
     logp: tuple[float, float] = (-120.0, -150.0)
     """Where it starts, chosen first."""
     lengths: tuple[int, int] = (80, 120)
@@ -57,11 +62,9 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     moves[0, :, 0], moves[1, :, 1] = margin, -margin
     reference = jnp.broadcast_to(jnp.array(config.logp, jnp.float32), moves.shape)
     points = reference + moves
-    found = {"margin": margin}
-    for name, loss in catalogue.catalogue().items():
-        data = catalogue.arguments(loss, reference, config.lengths)
-        found[name] = np.asarray(catalogue.value_and_pull(loss, points, data)[1])
-    return found
+    losses = catalogue.catalogue()
+    found = catalogue.values_and_pulls(losses, jnp.asarray(points), reference, config.lengths)
+    return {"margin": margin, **{name: pulls for name, (_, pulls) in found.items()}}
 
 
 def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -72,8 +75,8 @@ def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str
         if name == "margin":
             continue
         equal = catalogue.equality(pulls.reshape(-1, 2), config.lengths)
-        d_w, d_l = (float(x) for x in pulls[0, middle])
-        least, most = (x.tolist() for x in (pulls.min(axis=(0, 1)), pulls.max(axis=(0, 1))))
+        d_w, d_l = (float(x) + 0.0 for x in pulls[0, middle])  # no negative zero
+        least, most = ((x + 0.0).tolist() for x in (pulls.min((0, 1)), pulls.max((0, 1))))
         rows.append(
             {"loss": name, "d_w": d_w, "d_l": d_l, "least": least, "most": most, "equal": equal}
         )
@@ -103,21 +106,30 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """A panel a loss, in the rooms' order."""
     found = catalogue.catalogue()
-    names = sorted(found, key=lambda name: (found[name].__module__, name))
-    rows = -(-(len(names) + 1) // COLUMNS)
+    room = {name: loss.__module__.rpartition(".")[2] for name, loss in found.items()}
+    order = {name: i for i, name in enumerate(ROOMS)}
+    names = sorted(found, key=lambda name: (order.get(room[name], len(order)), room[name], name))
+    rows = -(-len(names) // COLUMNS)
     figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(2.1 * COLUMNS, 1.65 * rows), layout="constrained", sharex=True
+        rows, COLUMNS, figsize=(2.1 * COLUMNS, 1.6 * rows + 0.6), layout="constrained"
     )
     equal = {row["loss"]: row["equal"] for row in summarise(config, arrays)}
     for panel, name in zip(axes.flat, names, strict=False):
         _panel(panel, arrays["margin"], arrays[name], both=equal[name] == "yes")
-        room = found[name].__module__.rpartition(".")[2]
         panel.set_title(name.replace("generalised_cross_entropy", "gce"), fontsize=8, pad=2)
-        panel.text(0.98, 0.97, room, transform=panel.transAxes, fontsize=5.5, color="#888888",
-                   ha="right", va="top")  # fmt: skip
+        panel.text(0.99, 0.99, room[name].replace("_", " "), transform=panel.transAxes,
+                   fontsize=5.5, color="#888888", ha="right", va="top")  # fmt: skip
     for panel in axes.flat[len(names) :]:
         panel.set_axis_off()
-    _key(axes.flat[-1])
+    lines = {
+        "$d_w$, raises the chosen": (CHOSEN, "-"),
+        "$d_l$, lowers the rejected": (REJECTED, "-"),
+        "$d_w = d_l$": (BOTH, "-"),
+        "as the chosen rises": ("black", "-"),
+        "as the rejected falls": ("black", (0, (3, 2))),
+    }
+    drawn = [Line2D([], [], color=c, ls=style, label=k) for k, (c, style) in lines.items()]
+    figure.legend(handles=drawn, loc="outside upper center", ncols=len(drawn), frameon=False)
     figure.supxlabel(
         "change of the margin from where the policy is its reference, nats", fontsize=9
     )
@@ -130,29 +142,18 @@ def _panel(panel: Axes, margin: np.ndarray, pulls: np.ndarray, *, both: bool) ->
             if both:
                 colour = BOTH
             panel.plot(margin, pulls[moved, :, which], color=colour, ls=style, lw=1.3)
-    near = np.abs(pulls[:, np.abs(margin) <= 0.1 * margin[-1]])
-    top = max(min(np.abs(pulls).max(), 3 * near.max()), 1e-9)
-    low, high = max(pulls.min(), -top), min(pulls.max(), top)
+    # What explodes is cut off: twelve times the largest pull within 3 % of the way.
+    near = np.abs(pulls[:, np.abs(margin) <= 0.03 * margin[-1]]).max()
+    low, high = max(pulls.min(), -12 * near), min(pulls.max(), 12 * near)
     low, high = min(low, 0.0), max(high, 0.0)
-    panel.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    room = max(0.08 * (high - low), 1e-9)
+    panel.set_ylim(low - room, high + room)
     panel.axhline(0, color="black", lw=0.5)
     panel.axvline(0, color="black", lw=0.3, ls=":")
+    panel.set_xticks([margin[0], 0, margin[-1]])
     panel.tick_params(labelsize=6, length=2, pad=1)
     panel.locator_params(axis="y", nbins=4)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _key(panel: Axes) -> None:
-    lines = {
-        "$d_w$: raises the chosen": (CHOSEN, "-"),
-        "$d_l$: lowers the rejected": (REJECTED, "-"),
-        "both the same": (BOTH, "-"),
-        "the chosen moves": ("black", "-"),
-        "the rejected moves": ("black", (0, (3, 2))),
-    }
-    for label, (colour, style) in lines.items():
-        panel.plot([], [], color=colour, ls=style, label=label)
-    panel.legend(loc="center", fontsize=8, frameon=False)
 
 
 def main() -> None:

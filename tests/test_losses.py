@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, B, bound
+from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, bound
 
 from jaxpref import losses
 from jaxpref.losses import __main__ as docs
@@ -40,27 +40,73 @@ def label(point):
     return f"{point.name}({settings}){'A' if point.logp is A else 'B'}"
 
 
+def settings(point):
+    """Every hyperparameter at a point."""
+    read = inspect.signature(getattr(losses, point.name)).parameters.values()
+    defaults = {p.name: p.default for p in read if p.kind is p.KEYWORD_ONLY}
+    return {k: float(point.arguments.get(k, v)) for k, v in defaults.items()}
+
+
+def steps(point):
+    """How far each log-probability and each setting is moved for finite differences."""
+    return [1e-5, 1e-5, *(1e-5 * abs(v) or 1e-5 for v in settings(point).values())]
+
+
+def rows(point):
+    """Log-probabilities and settings: at the point, a step up in each, a step down in each."""
+    here = np.array([*point.logp, *settings(point).values()])
+    moves = np.diag(steps(point))
+    return here + np.concatenate([0 * moves[:1], moves, -moves])
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Value and slopes at the rows of every point, in one program; settings are traced."""
+    groups = {}  # of points that differ in log-probabilities and settings only
+    for point in POINTS:
+        own = tuple((k, v) for k, v in point.arguments.items() if k in DATA)
+        groups.setdefault((point.name, own), []).append(point)
+
+    def of(key, table):
+        name, own = key
+        names = [*settings(groups[key][0])]
+
+        def value(row):
+            return bound(name, **dict(own), **dict(zip(names, row[2:], strict=True)))(
+                row[:2]
+            ).mean()
+
+        return jax.vmap(jax.value_and_grad(value))(table)
+
+    tables = {key: np.concatenate([rows(p) for p in points]) for key, points in groups.items()}
+    found = jax.jit(lambda tables: {key: of(key, table) for key, table in tables.items()})(tables)
+    return {
+        label(point): (value, slope)
+        for key, points in groups.items()
+        for point, value, slope in zip(
+            points, *(np.split(x, len(points)) for x in found[key]), strict=True
+        )
+    }
+
+
 @pytest.mark.parametrize("point", POINTS, ids=label)
-def test_value_and_pulls_are_those_of_the_formula(point):
-    loss = bound(point.name, **point.arguments)
-    value, pull = jax.value_and_grad(lambda x: loss(x).mean())(point.logp)
+def test_value_and_pulls_are_those_of_the_formula(point, measured):
+    value, slopes = measured[label(point)]
     # The numbers are printed with six decimals.
-    np.testing.assert_allclose(value, point.value, rtol=0, atol=6e-7)
-    np.testing.assert_allclose(pull, [-point.d_w, point.d_l], rtol=0, atol=6e-7)
+    np.testing.assert_allclose(value[0], point.value, rtol=0, atol=6e-7)
+    np.testing.assert_allclose(slopes[0, :2], [-point.d_w, point.d_l], rtol=0, atol=6e-7)
 
 
-STEPS = 1e-5 * jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-
-
-@pytest.mark.parametrize("point", [p for p in POINTS if p.name not in DETACHED], ids=label)
-def test_derivatives_agree_with_finite_differences(point):
-    loss = bound(point.name, **point.arguments)
-    data = {k: jnp.broadcast_to(v, (4, 2)) for k, v in loss.keywords.items() if np.ndim(v)}
-    around = functools.partial(loss, **data)(point.logp[None] + STEPS).reshape(4, -1).sum(axis=-1)
-    pull = jax.grad(lambda x: loss(x).sum())(point.logp)
+@pytest.mark.parametrize("point", POINTS, ids=label)
+def test_derivatives_agree_with_finite_differences(point, measured):
+    value, slopes = measured[label(point)]
+    up, down = np.split(value[1:], 2)
+    difference = (up - down) / (2 * np.array(steps(point)))
+    first = 2 if point.name in DETACHED else 0
     # In float64 such a difference is good to about 1e-9 of the value; no point is at a kink.
-    difference = (around[0::2] - around[1::2]) / 2e-5
-    np.testing.assert_allclose(pull, difference, rtol=1e-6, atol=1e-8 * (1 + abs(point.value)))
+    np.testing.assert_allclose(
+        slopes[0, first:], difference[first:], rtol=1e-6, atol=1e-8 * (1 + abs(point.value))
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_REFERENCE if n not in ABSOLUTE])
@@ -70,23 +116,28 @@ def test_only_the_log_ratio_counts(name):
     np.testing.assert_allclose(moved, bound(name)(A), rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", WITH_REFERENCE)
-def test_no_gradient_enters_the_reference_even_of_the_same_parameters(name):
-    def both(x):
-        return bound(name, reference=x - 1.0)(x).sum()
-
-    alone = jax.grad(lambda x: bound(name, reference=A - 1.0)(x).sum())(A)
-    np.testing.assert_array_equal(jax.grad(both)(A), alone)
-    assert np.any(alone != 0)
+CONSTANT = {"reference", "rewards", "win_probability", "kl_baseline"}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in NAMES if {"rewards", "win_probability"} & {*bound(n).keywords}]
-)
-def test_no_gradient_enters_what_judges(name):
-    (judge,) = {"rewards", "win_probability"} & {*bound(name).keywords}
-    slope = jax.grad(lambda x: bound(name, **{judge: x})(A).sum())(DATA[judge])
-    np.testing.assert_array_equal(slope, 0)
+@pytest.fixture(scope="module")
+def slopes():
+    """The gradient of every loss in its log-probabilities and in what should be constant."""
+
+    def slope(name, data):
+        return jax.grad(
+            lambda x: bound(name, **{k: x[k] for k in x if k != "logp"})(x["logp"]).sum()
+        )({"logp": A, **{k: v for k, v in data.items() if k in bound(name).keywords}})
+
+    data = {k: DATA[k] for k in CONSTANT}
+    return jax.jit(lambda data: {name: slope(name, data) for name in NAMES})(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_enters_what_is_constant(name, slopes):
+    assert np.any(slopes[name].pop("logp") != 0)
+    assert slopes[name].keys() == CONSTANT & bound(name).keywords.keys()
+    for slope in slopes[name].values():
+        np.testing.assert_array_equal(slope, 0)
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -105,14 +156,24 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_value_and_pull_are_finite_at_the_edges_in_float32(name):
+@pytest.fixture(scope="module")
+def at_the_edges():
+    """Value and pull of every loss at the edges, in float32, in one program."""
     logp, lengths = (jnp.array(x, jnp.float32) for x in zip(*EDGES.values(), strict=True))
-    loss = bound(name, dtype=jnp.float32)
-    data = {k: jnp.broadcast_to(v, logp.shape) for k, v in loss.keywords.items() if v.ndim}
-    data = {k: lengths if k == "lengths" else v for k, v in data.items()}
-    value, pullback = jax.vjp(lambda x: functools.partial(loss, **data)(x), logp)
-    (pull,) = pullback(jnp.ones_like(value))
+
+    def value_and_pull(name, logp):
+        loss = bound(name, dtype=jnp.float32)
+        data = {k: jnp.broadcast_to(v, logp.shape) for k, v in loss.keywords.items() if v.ndim}
+        data = {k: lengths if k == "lengths" else v for k, v in data.items()}
+        value, pullback = jax.vjp(functools.partial(loss, **data), logp)
+        return value, pullback(jnp.ones_like(value))[0]
+
+    return jax.jit(lambda logp: {name: value_and_pull(name, logp) for name in NAMES})(logp)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_and_pull_are_finite_at_the_edges_in_float32(name, at_the_edges):
+    value, pull = at_the_edges[name]
     assert value.dtype == pull.dtype == jnp.float32
     for edge, one, both in zip(EDGES, value, pull, strict=True):
         assert np.isfinite(one).all(), edge
@@ -178,18 +239,27 @@ def test_orpo_is_accurate_in_float32_from_near_certain_to_improbable():
     np.testing.assert_allclose(found, expected, rtol=2e-6)
 
 
+@pytest.fixture(scope="module")
+def of_bfloat16():
+    """Every loss of bfloat16 arrays, in one program."""
+
+    def all_of(logp):
+        return {name: bound(name, dtype=jnp.bfloat16)(logp) for name in NAMES}
+
+    return jax.jit(all_of)(A.astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_is_computed_in_float32_and_float64_stays(name):
-    narrow = bound(name, dtype=jnp.bfloat16)
-    found = narrow(A.astype(jnp.bfloat16))
-    wide = {
-        k: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v
-        for k, v in narrow.keywords.items()
+def test_bfloat16_is_computed_in_float32_and_float64_stays(name, of_bfloat16):
+    rounded = {
+        k: v.astype(jnp.bfloat16).astype(v.dtype) if v.dtype == jnp.float64 else v
+        for k, v in bound(name).keywords.items()
     }
-    expected = narrow.func(A.astype(jnp.bfloat16).astype(jnp.float32), **wide)
-    assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, expected)
-    assert bound(name)(A).dtype == jnp.float64
+    expected = bound(name, **rounded)(A.astype(jnp.bfloat16).astype(A.dtype))
+    assert expected.dtype == jnp.float64
+    assert of_bfloat16[name].dtype == jnp.float32
+    # bfloat16 itself is good to 4e-3.
+    np.testing.assert_allclose(of_bfloat16[name], expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,47 +283,27 @@ SOME = -20 * jax.random.uniform(jax.random.key(0), (2, 3, 2), jnp.float64)
 
 
 @pytest.fixture(scope="module")
-def mapped():
-    """Every loss under one ``jit`` of ``vmap``."""
-    each = {name: jax.vmap(bound(name)) for name in NAMES}
-    return jax.jit(lambda logp: {name: loss(logp) for name, loss in each.items()})(
-        SOME.reshape(6, 2)
-    )
+def batched():
+    """Every loss of SOME as one array, its data as large, and pair by pair by ``vmap``."""
+
+    def both(name, logp):
+        loss = bound(name)
+        data = {k: jnp.broadcast_to(v, SOME.shape) for k, v in loss.keywords.items() if v.ndim}
+        return functools.partial(loss, **data)(logp), jax.vmap(jax.vmap(loss))(logp)
+
+    return jax.jit(lambda logp: {name: both(name, logp) for name in NAMES})(SOME)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_axes_are_kept_and_rows_do_not_meet(name, mapped):
-    loss = bound(name)
-    data = {k: jnp.broadcast_to(v, SOME.shape) for k, v in loss.keywords.items() if v.ndim}
-    own = (2,) if name in UNPAIRED else ()
-    whole = functools.partial(loss, **data)(SOME)
-    assert whole.shape == (2, 3, *own)
+def test_batch_axes_are_kept_and_rows_do_not_meet(name, batched):
+    whole, mapped = batched[name]
+    loss, own = bound(name), (2,) if name in UNPAIRED else ()
     assert loss(A).shape == own
-    row = functools.partial(loss, **{k: v[0] for k, v in data.items()})
-    assert jax.eval_shape(row, SOME[0]).shape == (3, *own)
-    rows = np.array([loss(pair) for pair in SOME.reshape(6, 2)])
+    assert whole.shape == mapped.shape == (2, 3, *own)
+    rows = np.array([[loss(pair) for pair in row] for row in SOME])
     # Other sizes may round differently.
-    np.testing.assert_allclose(whole.reshape(6, *own), rows, rtol=1e-12)
-    np.testing.assert_allclose(mapped[name], rows, rtol=1e-12)
-
-
-@pytest.mark.parametrize(("name", "argument", "default"), HYPERPARAMETERS)
-def test_hyperparameters_may_be_traced_and_differentiated(name, argument, default):
-    def of(value):
-        return bound(name, **{argument: value})(B).sum()
-
-    default = default or 0.1
-    value, slope = jax.vmap(jax.value_and_grad(of))(jnp.array([default]))
-    np.testing.assert_allclose(value, [of(default)], rtol=1e-12)
-    # SPPO's beta of 1e-3 needs a small step: its third derivative is 1e9 times its first.
-    step = 1e-4 * default
-    difference = (of(default + step) - of(default - step)) / (2 * step)
-    np.testing.assert_allclose(slope, [difference], rtol=1e-6, atol=1e-9)
-
-
-def test_traced_hyperparameters_compile():
-    slope = jax.jit(jax.grad(lambda beta: losses.dpo(A, REFERENCE, beta=beta)))(0.1)
-    np.testing.assert_allclose(slope, -1.6 / (1 + np.exp(0.16)), rtol=1e-12)
+    np.testing.assert_allclose(whole, rows, rtol=1e-12)
+    np.testing.assert_allclose(mapped, rows, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +412,9 @@ def test_signatures_keep_data_before_hyperparameters_and_have_no_flags(name):
 def test_the_page_of_losses_is_the_one_the_code_prints():
     written = pathlib.Path(__file__).parent.parent / "docs" / "losses.md"
     assert written.read_text() == docs.page(), "run: make docs"
-    formulas, numbers = written.read_text().split("## Pulls")
+    formulas, rest = written.read_text().split("## Pulls")
+    numbers, rest = rest.split("## Differences")
     for name in docs.catalogue():
         assert formulas.count(f"| `{name}` |") == 1
-        assert numbers.count(f"| `{name}` |") == 1 + name.startswith("logic_")
+        assert numbers.count(f"| `{name}` |") == 1
+        assert (f"| `{name}` |" in rest.split("## Other names")[0]) == name.startswith("logic_")

@@ -135,10 +135,10 @@ Not losses, but made for them:
 LENGTHS = (8, 12)
 LOGP = (-12.0, -15.0)
 DATA = {  # what losses read besides `logp`, `reference` and `lengths`
-    "desirable": jnp.array([True, False]),
-    "kl_baseline": jnp.zeros((), jnp.float32),
-    "rewards": jnp.array([1.0, 0.0], jnp.float32),
-    "win_probability": jnp.array([1.0, 0.0], jnp.float32),
+    "desirable": np.array([True, False]),
+    "kl_baseline": np.zeros(()),
+    "rewards": np.array([1.0, 0.0]),
+    "win_probability": np.array([1.0, 0.0]),
 }
 BATCHWISE = ("aot", "aot_unpaired")  # each point is taken for a batch of one pair
 EDGES = (1e-2, 1e4)  # of the grid, nats
@@ -168,12 +168,13 @@ def page() -> str:
     """The whole of docs/losses.md."""
     found = catalogue()
     logic = [[f"`{name}`", *_logic(loss)] for name, loss in found.items() if _part(loss, "Logic")]
+    numbers = pulls(found)
     differs = {name: _one_line(_part(loss, "Differs")) for name, loss in found.items()}
     values = {
         "logp": list(LOGP),
         "lengths": list(LENGTHS),
         "formulas": _table([_words(loss) for loss in found.values()]),
-        "pulls": _table([[f"`{name}`", *_numbers(pulls(loss))] for name, loss in found.items()]),
+        "pulls": _table([[f"`{name}`", *_numbers(numbers[name])] for name in found]),
         "differences": "\n".join(f"- `{name}`: {text}" for name, text in differs.items() if text),
         "logic": LOGIC % _table(logic),
         "names": _table([list(row) for row in OTHER_NAMES.items()]),
@@ -192,21 +193,26 @@ $\top$ always, $\bot$ never.
 %s"""
 
 
-def pulls(loss: Callable) -> Pulls:
-    """Its numbers with the default hyperparameters."""
-    held = "reference" in _inputs(loss)
-    points, reference = _points(held)
-    value, d = map(np.asarray, value_and_pull(loss, points, arguments(loss, reference)))
-    here, right, right_far, wrong, wrong_far = d[: len(SINGLE)]
-    grid = d[len(SINGLE) :]
-    size = np.abs(points[len(SINGLE) :])
-    inside = grid[((size >= 10 * EDGES[0]) & (size <= EDGES[1] / 10)).all(axis=-1)]
-    low, high = (_extreme(grid, inside, side) for side in (-1, 1))
-    right, wrong = _limit(right, right_far), _limit(wrong, wrong_far)
-    return Pulls(value[0], here, low, high, right, wrong, equality(grid))
+def pulls(found: dict[str, Callable]) -> dict[str, Pulls]:
+    """The numbers of every loss with the default hyperparameters."""
+    made = {}
+    for held in (True, False):
+        some = {k: loss for k, loss in found.items() if ("reference" in _inputs(loss)) == held}
+        points, reference = _points(held)
+        with jax.enable_x64(True):  # so that digits do not depend on how it is compiled
+            measured = values_and_pulls(some, jnp.asarray(points), jnp.asarray(reference))
+        size = np.abs(points[len(SINGLE) :])
+        is_inner = ((size >= 10 * EDGES[0]) & (size <= EDGES[1] / 10)).all(axis=-1)
+        for name, (value, d) in measured.items():
+            here, right, right_far, wrong, wrong_far = d[: len(SINGLE)]
+            grid = d[len(SINGLE) :]
+            low, high = (_extreme(grid, grid[is_inner], side) for side in (-1, 1))
+            right, wrong = _limit(right, right_far), _limit(wrong, wrong_far)
+            made[name] = Pulls(np.asarray(value[0]), here, low, high, right, wrong, equality(grid))
+    return made
 
 
-def _points(held: bool) -> tuple[jax.Array, jax.Array]:  # noqa: FBT001
+def _points(held: bool) -> tuple[np.ndarray, np.ndarray]:  # noqa: FBT001
     """``[points 2]``: SINGLE, then a grid of log-ratios, or without reference of log-probabilities.
 
     One shape for all losses, so that all share what is compiled.
@@ -214,25 +220,26 @@ def _points(held: bool) -> tuple[jax.Array, jax.Array]:  # noqa: FBT001
     side = np.geomspace(*EDGES, GRID if held else 2 * GRID + 1)
     axis = np.concatenate([-side[::-1], [0], side]) if held else -side
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
-    points = np.concatenate([np.array(LOGP) - SINGLE, grid]).astype(np.float32)
-    reference = np.concatenate([np.tile(LOGP, (len(SINGLE), 1)), 0 * grid]).astype(np.float32)
-    return jnp.asarray(points), jnp.asarray(reference)
+    points = np.concatenate([np.array(LOGP) - SINGLE, grid])
+    reference = np.concatenate([np.tile(LOGP, (len(SINGLE), 1)), 0 * grid])
+    return points, reference
 
 
 def arguments(
     loss: Callable, reference: jax.Array, lengths: tuple[int, int] = LENGTHS
 ) -> dict[str, jax.Array]:
     """What the loss reads besides `logp`, at log-probabilities like ``reference [*points 2]``."""
-    data = {**DATA, "reference": reference, "lengths": jnp.array(lengths)}
     if "token_logp" in _inputs(loss):  # of each token its part: the later the larger
-        shares = np.zeros((2, max(lengths)), np.float32)
+        shares = np.zeros((2, max(lengths)))
         for row, n in zip(shares, lengths, strict=True):
             row[:n] = np.arange(1, n + 1) / (n * (n + 1) / 2)
-        return {"shares": jnp.broadcast_to(shares, (*reference.shape, max(lengths)))}
+        whole = (*reference.shape, max(lengths))
+        return {"shares": jnp.broadcast_to(jnp.asarray(shares, reference.dtype), whole)}
+    data = {**DATA, "lengths": np.array(lengths), "reference": reference}
     unknown = [k for k in _inputs(loss) if k not in {*data, "logp"}]
     if unknown:
         raise ValueError(f"{loss.__name__}: DATA has no {unknown[0]}, which it reads")
-    data = {k: v for k, v in data.items() if k in _inputs(loss)}
+    data = {k: jnp.asarray(v) for k, v in data.items() if k in _inputs(loss)}
     return {k: jnp.broadcast_to(v, reference.shape) if v.ndim else v for k, v in data.items()}
 
 
@@ -245,12 +252,24 @@ def of_pairs(loss: Callable, logp: jax.Array, **data: jax.Array) -> jax.Array:
     return loss(logp, **data)
 
 
-def value_and_pull(
-    loss: Callable, logp: jax.Array, data: dict[str, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """``[*points]`` and ``[*points 2]``, the latter as ``(d_w, d_l)``."""
-    value, back = jax.vjp(lambda x: of_pairs(loss, x, **data), logp)
-    return value, back(jnp.ones_like(value))[0] * jnp.array([-1, 1], logp.dtype)
+def values_and_pulls(
+    found: dict[str, Callable],
+    logp: jax.Array,
+    reference: jax.Array,
+    lengths: tuple[int, int] = LENGTHS,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of every loss the value and ``(d_w, d_l)`` at ``logp [*points 2]``, in one program."""
+
+    def one(loss: Callable, logp: jax.Array, data: dict[str, jax.Array]) -> tuple:
+        value, back = jax.vjp(lambda x: of_pairs(loss, x, **data), logp)
+        (pull,) = back(jnp.ones_like(value))
+        return value, jnp.stack([-pull[..., 0], pull[..., 1]], axis=-1)
+
+    def every(logp: jax.Array, data: dict[str, dict[str, jax.Array]]) -> dict[str, tuple]:
+        return {name: one(loss, logp, data[name]) for name, loss in found.items()}
+
+    data = {name: arguments(loss, reference, lengths) for name, loss in found.items()}
+    return jax.tree.map(np.asarray, jax.jit(every)(logp, data))
 
 
 def _extreme(whole: np.ndarray, inside: np.ndarray, side: int) -> np.ndarray:
@@ -270,14 +289,13 @@ def equality(d: np.ndarray, lengths: tuple[int, int] = LENGTHS) -> str:
     """Whether ``d_w = d_l`` in all rows of ``[points 2]``, or ``n_w d_w = n_l d_l``."""
     if np.allclose(d[:, 0], d[:, 1], rtol=1e-4, atol=1e-7):
         return "yes"
-    by_token = d * np.array(lengths, np.float32)
+    by_token = d * np.array(lengths)
     return "by token" if np.allclose(*by_token.T, rtol=1e-4, atol=1e-7) else "no"
 
 
 def _numbers(found: Pulls) -> list[str]:
-    ranges = [
-        f"{_shown(low)} to {_shown(high)}" for low, high in zip(found.low, found.high, strict=True)
-    ]
+    ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
+    ranges = [f"{_number(low)} to {_number(high)}" for low, high in ends]
     limits = [_shown(found.right), _shown(found.wrong)]
     return [_shown(found.value), _shown(found.here), *ranges, *limits, found.equal]
 
