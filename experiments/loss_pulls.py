@@ -11,7 +11,7 @@ Source:  the formulas of `jaxpref.losses`; pulls decide what happens: Yuan et al
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ class Config:
     """Where it starts, chosen first."""
     lengths: tuple[int, int] = (80, 120)
     """Tokens of the two responses."""
+    losses: tuple[str, ...] = ()
+    """Names; by default all of the catalogue."""
 
 
-SMOKE = Config(points=5)
+SMOKE = Config(points=5, losses=("dpo", "simpo", "confpo", "aot", "kto"))
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
@@ -62,9 +64,17 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     moves[0, :, 0], moves[1, :, 1] = margin, -margin
     reference = jnp.broadcast_to(jnp.array(config.logp, jnp.float32), moves.shape)
     points = reference + moves
-    losses = catalogue.catalogue()
+    losses = _chosen(config)
     found = catalogue.values_and_pulls(losses, jnp.asarray(points), reference, config.lengths)
     return {"margin": margin, **{name: pulls for name, (_, pulls) in found.items()}}
+
+
+def _chosen(config: Config) -> dict[str, Callable]:
+    found = catalogue.catalogue()
+    unknown = sorted(set(config.losses) - set(found))
+    if unknown:
+        raise ValueError(f"losses: got {unknown[0]}, expected names of the catalogue")
+    return {name: found[name] for name in config.losses or found}
 
 
 def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -105,7 +115,7 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """A panel a loss, in the rooms' order."""
-    found = catalogue.catalogue()
+    found = _chosen(config)
     room = {name: loss.__module__.rpartition(".")[2] for name, loss in found.items()}
     order = {name: i for i, name in enumerate(ROOMS)}
     names = sorted(found, key=lambda name: (order.get(room[name], len(order)), room[name], name))

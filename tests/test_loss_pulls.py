@@ -20,20 +20,21 @@ def made(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["loss_pulls", "--name", "tiny", "--points", "5"])
+        flags = ["--points", "5", "--losses", *lab.SMOKE.losses]
+        patch.setattr(sys, "argv", ["loss_pulls", "--name", "tiny", *flags])
         lab.main()
     plt.close("all")
     return cwd / "runs" / "loss_pulls" / "tiny"
 
 
-def test_a_run_leaves_every_loss_behind(made):
+def test_a_run_leaves_its_losses_behind(made):
     arrays = dict(np.load(made / "arrays.npz"))
-    assert arrays.keys() == {"margin", *catalogue.catalogue()}
+    assert arrays.keys() == {"margin", *lab.SMOKE.losses}
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert arrays["dpo"].shape == (2, 5, 2)
     assert (made / "figure.png").stat().st_size > 10_000
     rows = json.loads((made / "summary.json").read_text())["rows"]
-    assert {row["loss"] for row in rows} == set(catalogue.catalogue())
+    assert {row["loss"] for row in rows} == set(lab.SMOKE.losses)
 
 
 def test_pulls_are_those_of_the_formulas(made):
@@ -58,6 +59,11 @@ def test_the_verdict_counts(made):
 def test_log_probabilities_stay_below_zero():
     with pytest.raises(ValueError, match=r"nats: got 130\.0, expected log-probabilities to stay"):
         lab.run(lab.Config(nats=130.0, points=5))
+
+
+def test_a_loss_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="losses: got no_such, expected names of the catalogue"):
+        lab.run(lab.Config(losses=("dpo", "no_such")))
 
 
 def test_pulls_of_tokens_are_those_of_their_sums():
