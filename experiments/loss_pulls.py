@@ -28,7 +28,7 @@ from jaxpref.losses import __main__ as catalogue
 CHOSEN, REJECTED, BOTH = "#1b6ca8", "#c8402f", "#6b3fa0"
 COLUMNS = 8
 ROOMS = (  # in this order; others after them
-    "pairwise", "links", "divergences", "anchored", "reference_free", "logic", "listwise",
+    "pairwise", "links", "f_dpo", "anchored", "reference_free", "logic", "listwise",
     "transport", "unpaired",
 )  # fmt: skip
 

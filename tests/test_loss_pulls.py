@@ -70,4 +70,5 @@ def test_pulls_of_tokens_are_those_of_their_sums():
     loss, logp = catalogue.catalogue()["confpo"], jnp.array([[-12.0, -15.0]])
     data = catalogue.arguments(loss, logp)
     np.testing.assert_allclose(data["shares"].sum(-1), 1, rtol=1e-6)
+    assert (data["is_target"] == (data["shares"] > 0)).all()
     assert (data["shares"] > 0).sum(-1).tolist() == [[8, 12]]

@@ -404,7 +404,7 @@ def test_signatures_keep_data_before_hyperparameters_and_have_no_flags(name):
     data = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     rest = [p for p in parameters if p.name not in data]
     assert data[0] == ("token_logp" if name in BY_TOKEN else "logp")
-    assert set(data[1:]) <= {*DATA, *(("is_response",) if name in BY_TOKEN else ())}
+    assert set(data[1:]) <= {*DATA, *(("is_target",) if name in BY_TOKEN else ())}
     assert all(p.kind is p.KEYWORD_ONLY for p in rest)
     assert not any(isinstance(p.default, bool) for p in rest)
 

@@ -20,11 +20,11 @@ from jaxpref.losses.anchored import cal_dpo as cal_dpo
 from jaxpref.losses.anchored import nca_pair as nca_pair
 from jaxpref.losses.anchored import sppo as sppo
 from jaxpref.losses.anchored import sppo_soft as sppo_soft
-from jaxpref.losses.divergences import chi_po as chi_po
-from jaxpref.losses.divergences import f_dpo_alpha as f_dpo_alpha
-from jaxpref.losses.divergences import f_dpo_forward_kl as f_dpo_forward_kl
-from jaxpref.losses.divergences import f_dpo_jensen_shannon as f_dpo_jensen_shannon
-from jaxpref.losses.divergences import h_dpo as h_dpo
+from jaxpref.losses.f_dpo import chi_po as chi_po
+from jaxpref.losses.f_dpo import f_dpo_alpha as f_dpo_alpha
+from jaxpref.losses.f_dpo import f_dpo_forward_kl as f_dpo_forward_kl
+from jaxpref.losses.f_dpo import f_dpo_jensen_shannon as f_dpo_jensen_shannon
+from jaxpref.losses.f_dpo import h_dpo as h_dpo
 from jaxpref.losses.links import comp_sum_exponential as comp_sum_exponential
 from jaxpref.losses.links import (
     comp_sum_generalised_cross_entropy as comp_sum_generalised_cross_entropy,

@@ -62,7 +62,9 @@ without reference over all log-probabilities from -10,000 to -0.01; ∞ is a pul
 the edge. *Rejected fell*, *chosen fell*: the limits of $d_w$, $d_l$ as the margin grows to either
 side because that response fell, the other staying. *Equal*: whether $d_w = d_l$ everywhere, or, by
 token, $n_w d_w = n_l d_l$. For single examples the two numbers belong to two examples, for `kto` a
-desirable and an undesirable one at a baseline of 0. Rewards and win probabilities are 1 and 0.
+desirable and an undesirable one at a baseline of 0. Rewards and win probabilities are 1 and 0. Of
+losses of tokens the pull is that on a response's sum, of which a token has a fixed part, the later
+the larger.
 
 | loss | value | at reference | range of $d_w$ | of $d_l$ | rejected fell | chosen fell | equal |
 |---|---|---|---|---|---|---|---|
@@ -134,12 +136,19 @@ Not losses, but made for them:
 
 LENGTHS = (8, 12)
 LOGP = (-12.0, -15.0)
-DATA = {  # what losses read besides `logp`, `reference` and `lengths`
-    "desirable": np.array([True, False]),
-    "kl_baseline": np.zeros(()),
-    "rewards": np.array([1.0, 0.0]),
-    "win_probability": np.array([1.0, 0.0]),
+PER_RESPONSE = {  # what losses read besides `logp`, `reference`, `lengths`; chosen, rejected
+    "desirable": [True, False],
+    "distance": [0.0, 0.0],
+    "divergence": [0.0, 0.0],
+    "kl": [0.0, 0.0],
+    "log_kernel": [0.0, 0.0],
+    "rewards": [1.0, 0.0],
+    "win_probability": [1.0, 0.0],
 }
+PER_TOKEN = {"kl_mask": 1.0, "mask": 1.0, "token_kl": 0.0, "token_reverse_kl": 0.0, "weights": 1.0}
+PER_PAIR = {"log_average": 0.0, "prompt_divergence": 0.0}
+SINGLE_NUMBER = {"delta": 0.0, "kl_baseline": 0.0}
+NEEDED = {"token_logp": ("shares",), "probability": ("lengths",)}  # to make a loss's first input
 BATCHWISE = ("aot", "aot_unpaired")  # each point is taken for a batch of one pair
 EDGES = (1e-2, 1e4)  # of the grid, nats
 GRID = 25  # points to either side
@@ -228,25 +237,53 @@ def _points(held: bool) -> tuple[np.ndarray, np.ndarray]:  # noqa: FBT001
 def arguments(
     loss: Callable, reference: jax.Array, lengths: tuple[int, int] = LENGTHS
 ) -> dict[str, jax.Array]:
-    """What the loss reads besides `logp`, at log-probabilities like ``reference [*points 2]``."""
-    if "token_logp" in _inputs(loss):  # of each token its part: the later the larger
-        shares = np.zeros((2, max(lengths)))
-        for row, n in zip(shares, lengths, strict=True):
-            row[:n] = np.arange(1, n + 1) / (n * (n + 1) / 2)
-        whole = (*reference.shape, max(lengths))
-        return {"shares": jnp.broadcast_to(jnp.asarray(shares, reference.dtype), whole)}
-    data = {**DATA, "lengths": np.array(lengths), "reference": reference}
-    unknown = [k for k in _inputs(loss) if k not in {*data, "logp"}]
-    if unknown:
-        raise ValueError(f"{loss.__name__}: DATA has no {unknown[0]}, which it reads")
-    data = {k: jnp.asarray(v) for k, v in data.items() if k in _inputs(loss)}
-    return {k: jnp.broadcast_to(v, reference.shape) if v.ndim else v for k, v in data.items()}
+    """What `of_pairs` needs besides `logp`, at log-probabilities like ``reference [*points 2]``.
+
+    Raises:
+        ValueError: the loss reads something that has no value here.
+    """
+    shape, dtype = reference.shape, reference.dtype
+    tokens = (*shape, max(lengths))
+
+    def value(name: str) -> jax.Array:
+        if name in PER_RESPONSE:
+            return jnp.broadcast_to(jnp.array(PER_RESPONSE[name]), shape)
+        if name in PER_TOKEN:
+            return jnp.full(tokens, PER_TOKEN[name], dtype)
+        if name in PER_PAIR:
+            return jnp.full(shape[:-1], PER_PAIR[name], dtype)
+        if name in SINGLE_NUMBER:
+            return jnp.array(SINGLE_NUMBER[name], dtype)
+        if name not in special:
+            raise ValueError(f"{loss.__name__}: no value for {name}, expected one in {__file__}")
+        return special[name]()
+
+    def shares() -> jax.Array:
+        part = np.arange(1, max(lengths) + 1) * (
+            np.arange(max(lengths)) < np.array(lengths)[:, None]
+        )
+        return jnp.broadcast_to(jnp.asarray(part / part.sum(1, keepdims=True), dtype), tokens)
+
+    special: dict[str, Callable[[], jax.Array]] = {
+        "aligned": lambda: jnp.full((*shape, 1), sum(LOGP) / sum(LENGTHS), dtype),
+        "is_target": lambda: shares() > 0,
+        "key": lambda: jax.random.key(0),
+        "lengths": lambda: jnp.broadcast_to(jnp.array(lengths), shape),
+        "reference": lambda: reference,
+        "shares": shares,
+        "token_reference": lambda: reference[..., None] * shares(),
+    }
+    first, *rest = _inputs(loss)
+    return {name: value(name) for name in [*rest, *NEEDED.get(first, ())]}
 
 
 def of_pairs(loss: Callable, logp: jax.Array, **data: jax.Array) -> jax.Array:
-    """The loss of ``logp [*points 2]``: tokens by shares, of a batch each pair alone."""
-    if "shares" in data:
-        return loss(logp[..., None] * data["shares"], data["shares"] > 0)
+    """The loss of ``logp [*points 2]``: tokens by their shares, of a batch each pair alone."""
+    (first, *_), data = _inputs(loss), dict(data)
+    if first == "token_logp":
+        return loss(logp[..., None] * data.pop("shares"), **data)
+    if first == "probability":
+        return loss(jnp.exp(logp / data.pop("lengths").astype(logp.dtype)), **data)
     if loss.__name__ in BATCHWISE:
         return loss(logp[..., None, :], data["reference"][..., None, :])[..., 0]
     return loss(logp, **data)

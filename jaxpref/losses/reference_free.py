@@ -336,8 +336,8 @@ def _amplified(a: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 
 def confpo(
-    token_logp: Float[AnyArray, "*pairs 2 time"],
-    is_response: Bool[AnyArray, "*pairs 2 time"],
+    token_logp: Float[AnyArray, "*pairs 2 response"],
+    is_target: Bool[AnyArray, "*pairs 2 response"],
     *,
     beta: Hyperparameter = 1.5,
     gamma: Hyperparameter = 1.6,
@@ -352,7 +352,7 @@ def confpo(
 
     Args:
         token_logp: Log-probability of each token under the policy, nats.
-        is_response: True at the scored tokens.
+        is_target: True at the scored tokens.
         beta: Scale of the reward, tokens per nat, above 0.
         gamma: Target margin of rewards, 0 or above, not multiplied by `beta`.
 
@@ -365,7 +365,7 @@ def confpo(
     References:
         Yoon et al. (2025), the ConfPO loss as in its code, https://arxiv.org/abs/2506.08712
     """
-    scored = jnp.asarray(is_response)
+    scored = jnp.asarray(is_target)
     logp = jnp.where(scored, wide(token_logp), 0.0)
     beta, gamma = positive("beta", beta, logp), nonnegative("gamma", gamma, logp)
     # Probabilities relative to the largest: those of improbable responses would all be 0.

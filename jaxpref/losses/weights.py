@@ -44,8 +44,8 @@ def wpo_weight(
 
 
 def ld_logp(
-    token_logp: Float[AnyArray, "*pairs 2 time"],
-    is_response: Bool[AnyArray, "*pairs 2 time"],
+    token_logp: Float[AnyArray, "*pairs 2 response"],
+    is_target: Bool[AnyArray, "*pairs 2 response"],
     *,
     alpha: Hyperparameter = 0.5,
 ) -> Float[Array, "*pairs 2"]:
@@ -58,7 +58,7 @@ def ld_logp(
 
     Args:
         token_logp: Log-probability of each token, nats.
-        is_response: True at the scored tokens.
+        is_target: True at the scored tokens.
         alpha: Weight of the tokens beyond, from 0 to 1; 1 is the plain sum.
 
     Returns:
@@ -73,7 +73,7 @@ def ld_logp(
     References:
         Liu et al. (2024), LD-DPO, https://arxiv.org/abs/2409.06411
     """
-    scored = jnp.asarray(is_response)
+    scored = jnp.asarray(is_target)
     logp = jnp.where(scored, wide(token_logp), 0.0)
     alpha = portion("alpha", alpha, logp)
     shared = scored.sum(axis=-1).min(axis=-1)[..., None, None]
