@@ -25,6 +25,7 @@ bench: .venv/parity
 	$(BIN)/python -m benchmarks.pair_gram
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.score_pairs
+	$(BIN)/python -m benchmarks.losses
 
 # The tables of docs/losses.md, from the code.
 docs: .venv/test

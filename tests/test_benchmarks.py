@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import frameworks, pair_gram, sampling, score_pairs, train_step
+from benchmarks import frameworks, losses, pair_gram, sampling, score_pairs, train_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -149,3 +149,25 @@ def test_scores_that_differ_void_the_comparison():
     score_pairs.agree({"jaxpref": near, "torch": near + 5e-4})
     with pytest.raises(SystemExit, match="void: jaxpref and torch differ by 2"):
         score_pairs.agree({"jaxpref": near * 1.002, "torch": near})
+
+
+def test_losses_at_smoke_size(capsys):
+    result = losses.main(losses.SMOKE)
+    *rows, last = capsys.readouterr().out.splitlines()[1:]
+    assert sorted(row.split()[0] for row in rows) == sorted(losses.SMOKE.losses)
+    assert json.loads(last) == result
+    assert result.keys() == {*(f"{x}_vs_dpo_time" for x in losses.SMOKE.losses), "pairs", "worst"}
+
+
+def test_loss_ratios_are_of_neighbouring_turns(capsys):
+    measured = {
+        "a": losses.Measured(0.1, turns=[1.0, 2.0, 9.0], dpo=[2.0, 4.0, 4.0]),
+        "b": losses.Measured(0.1, turns=[4.0], dpo=[1.0]),
+    }
+    result = losses.report(losses.SMOKE, measured)
+    assert result == {"b_vs_dpo_time": 4.0, "a_vs_dpo_time": 0.5, "pairs": 8, "worst": 4.0}
+
+
+def test_a_loss_that_is_not_there_is_named():
+    with pytest.raises(SystemExit, match="losses: got no_such, expected names of the catalogue"):
+        losses.main(dataclasses.replace(losses.SMOKE, losses=("dpo", "no_such")))

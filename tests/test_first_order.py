@@ -1,10 +1,10 @@
 """The order test: halving the learning rate quarters the error of the predicted change.
 
-For every loss of pairs in the catalogue, and for gradient descent with momentum, RMSprop and Adam
-in mid-run, on a decoder. What is predicted is the change of every log-probability of the batch by
-the real update: the part that the optimizer carries along, by a directional derivative, and the
-part of the gradient, by the Gram of all pairs in the optimizer's metric. If a term were missing
-the error would only halve.
+For sixteen losses of pairs, and for gradient descent with momentum,
+RMSprop and Adam in mid-run, on a decoder. What is predicted is the change of every log-probability
+of the batch by the real update: the part that the optimizer carries along, by a directional
+derivative, and the part of the gradient, by the Gram of all pairs in the optimizer's metric. If a
+term were missing the error would only halve.
 """
 
 import functools
@@ -18,7 +18,6 @@ import pytest
 from flax import nnx
 
 from jaxpref import diagnostics, gradients, logprobs, losses
-from jaxpref.losses import __main__ as catalogue
 from jaxpref.models import decoder
 from jaxpref.training.linearised import linearised
 from jaxpref.training.optimizers import torch_rmsprop
@@ -26,7 +25,10 @@ from jaxpref.training.optimizers import torch_rmsprop
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 PAIRS, TIME = 3, 6
-PAIRWISE = [name for name in catalogue.catalogue() if name not in ("kto", "sft", "sft_token_mean")]
+PAIRWISE = [  # the rest of the catalogue differs from these in its pull only
+    "cdpo", "cpo", "cpo_token_mean", "dpo", "dpo_shift", "dpop", "hinge", "ipo",
+    "ipo_length_normalised", "orpo", "r_dpo", "robust_dpo", "rrhf", "simpo", "slic_hf", "sppo",
+]  # fmt: skip
 # Away from their kinks: the one of `slic_hf` and the reference of `dpop`, both below.
 SETTINGS = {"slic_hf": {"delta": 30.0}, "sppo": {"beta": 0.05}}
 OPTIMIZERS = {  # of a learning rate; decay of the squares; a rate at which the square rules
@@ -86,7 +88,6 @@ def test_every_loss_pulls_here(model, pair_losses):
         here, near = pull(logp), pull(logp + 1e-6)
         assert (here != 0).any(), name
         assert abs(near - here).max() < 1e-4 * abs(here).max(), name
-    assert len(PAIRWISE) >= 15
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

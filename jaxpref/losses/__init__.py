@@ -14,6 +14,46 @@ argument changes the result. Its derivative in `logp` is the pull, ``[-d_w, +d_l
   ``grad`` or ``vmap`` over it) cannot be seen and is not.
 """
 
+from jaxpref.losses.anchored import apo_down as apo_down
+from jaxpref.losses.anchored import apo_zero as apo_zero
+from jaxpref.losses.anchored import cal_dpo as cal_dpo
+from jaxpref.losses.anchored import nca_pair as nca_pair
+from jaxpref.losses.anchored import sppo as sppo
+from jaxpref.losses.anchored import sppo_soft as sppo_soft
+from jaxpref.losses.f_dpo import chi_po as chi_po
+from jaxpref.losses.f_dpo import f_dpo_alpha as f_dpo_alpha
+from jaxpref.losses.f_dpo import f_dpo_forward_kl as f_dpo_forward_kl
+from jaxpref.losses.f_dpo import f_dpo_jensen_shannon as f_dpo_jensen_shannon
+from jaxpref.losses.f_dpo import h_dpo as h_dpo
+from jaxpref.losses.links import comp_sum_exponential as comp_sum_exponential
+from jaxpref.losses.links import (
+    comp_sum_generalised_cross_entropy as comp_sum_generalised_cross_entropy,
+)
+from jaxpref.losses.links import comp_sum_mae as comp_sum_mae
+from jaxpref.losses.links import discopop as discopop
+from jaxpref.losses.links import exo_pair as exo_pair
+from jaxpref.losses.listwise import aft as aft
+from jaxpref.losses.listwise import aft_boundary as aft_boundary
+from jaxpref.losses.listwise import aft_detached as aft_detached
+from jaxpref.losses.listwise import d2o as d2o
+from jaxpref.losses.listwise import exo as exo
+from jaxpref.losses.listwise import rrhf_list as rrhf_list
+from jaxpref.losses.logic import logic_cce as logic_cce
+from jaxpref.losses.logic import logic_ccpo as logic_ccpo
+from jaxpref.losses.logic import logic_ce as logic_ce
+from jaxpref.losses.logic import logic_ceunl as logic_ceunl
+from jaxpref.losses.logic import logic_cfunl as logic_cfunl
+from jaxpref.losses.logic import logic_cpo as logic_cpo
+from jaxpref.losses.logic import logic_cunl as logic_cunl
+from jaxpref.losses.logic import logic_l_bb as logic_l_bb
+from jaxpref.losses.logic import logic_l_bd as logic_l_bd
+from jaxpref.losses.logic import logic_l_bn as logic_l_bn
+from jaxpref.losses.logic import logic_l_db as logic_l_db
+from jaxpref.losses.logic import logic_l_nb as logic_l_nb
+from jaxpref.losses.logic import logic_orpo as logic_orpo
+from jaxpref.losses.logic import logic_qfunl as logic_qfunl
+from jaxpref.losses.logic import logic_uncpo as logic_uncpo
+from jaxpref.losses.logic import logic_unl as logic_unl
 from jaxpref.losses.pairwise import cdpo as cdpo
 from jaxpref.losses.pairwise import dpo as dpo
 from jaxpref.losses.pairwise import dpo_shift as dpo_shift
@@ -21,17 +61,26 @@ from jaxpref.losses.pairwise import dpop as dpop
 from jaxpref.losses.pairwise import hinge as hinge
 from jaxpref.losses.pairwise import ipo as ipo
 from jaxpref.losses.pairwise import ipo_length_normalised as ipo_length_normalised
+from jaxpref.losses.pairwise import ln_dpo as ln_dpo
 from jaxpref.losses.pairwise import margin as margin
 from jaxpref.losses.pairwise import r_dpo as r_dpo
 from jaxpref.losses.pairwise import robust_dpo as robust_dpo
-from jaxpref.losses.pairwise import sppo as sppo
+from jaxpref.losses.pairwise import rpo as rpo
+from jaxpref.losses.pairwise import rpo_token_mean as rpo_token_mean
+from jaxpref.losses.reference_free import alphapo as alphapo
+from jaxpref.losses.reference_free import confpo as confpo
 from jaxpref.losses.reference_free import cpo as cpo
 from jaxpref.losses.reference_free import cpo_token_mean as cpo_token_mean
+from jaxpref.losses.reference_free import mapo as mapo
 from jaxpref.losses.reference_free import orpo as orpo
 from jaxpref.losses.reference_free import rrhf as rrhf
 from jaxpref.losses.reference_free import simpo as simpo
 from jaxpref.losses.reference_free import slic_hf as slic_hf
+from jaxpref.losses.transport import aot as aot
+from jaxpref.losses.transport import aot_unpaired as aot_unpaired
 from jaxpref.losses.unpaired import kto as kto
 from jaxpref.losses.unpaired import kto_baseline as kto_baseline
 from jaxpref.losses.unpaired import sft as sft
 from jaxpref.losses.unpaired import sft_token_mean as sft_token_mean
+from jaxpref.losses.weights import ld_logp as ld_logp
+from jaxpref.losses.weights import wpo_weight as wpo_weight

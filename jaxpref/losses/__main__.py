@@ -1,8 +1,9 @@
-"""Prints docs/losses.md: the table of the catalogue, made from the functions themselves."""
+"""Prints docs/losses.md: the catalogue's tables, made from the functions themselves."""
 
 import inspect
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,21 @@ import numpy as np
 
 from jaxpref import losses
 
-HELPERS = ("margin", "kto_baseline")  # public, but no losses
+HELPERS = ("kto_baseline", "ld_logp", "margin", "wpo_weight")  # public, but no losses
+OTHER_NAMES = {  # what has a name in the field, but is a loss of ours at these arguments
+    "AFT, ranking and alignment loss": "`aft`, graded by more than two grades or by two",
+    "Comp-sum, logistic": "`dpo`",
+    "DPKD": "`ln_dpo` with the teacher's log-probabilities as `reference`",
+    "f-DPO, reverse Kullback-Leibler": "`dpo`",
+    "InfoNCA of a pair": "`dpo`",
+    "LD-DPO": "`dpo` of `ld_logp` of the policy's tokens and of the reference's",
+    "RSO, hinge-norm; SLiC in TRL": "`hinge`",
+    "sigmoid_norm in TRL": "`ln_dpo`",
+    "SPIN": "`dpo`: chosen is human, rejected is drawn from the last iterate, the `reference`",
+    "TR-DPO": "`dpo`, its `reference` computed anew from an updated model",
+    "TraceAlign CBD": "`dpo`: the penalty of the published code has no gradient",
+    "WPO": "`wpo_weight` times `dpo`",
+}
 
 PAGE = r"""# Losses
 
@@ -22,27 +37,93 @@ first; single examples `[*examples] -> [*examples]`. Arguments are data, keyword
 | $\log\pi_w$, $\log\pi_l$ | `logp` of the chosen and the rejected response, a sum, nats |
 | $u = \log\pi - \log\pi_{ref}$ | log-ratio, `logp - reference`; the reference gets no gradient |
 | $n$, $a = \log\pi / n$ | `lengths`, scored tokens, and the mean log-probability of a token |
+| $P = e^a$ | the mean probability of a token |
 | $\sigma$ | logistic function |
+| $d_w$, $d_l$ | the pull, `jax.grad(loss)(logp)`, is $[-d_w, d_l]$ |
 
-*Value* and *pull* are measured where the policy equals its reference, `logp` = %(logp)s nats
-over %(lengths)s tokens, hyperparameters as shown. The pull is `jax.grad(loss)(logp)`, which is
-`[-d_w, +d_l]`: gradient descent raises a log-probability whose pull is negative. For single
-examples the two numbers belong to two examples, for `kto` a desirable and an undesirable one at a
-baseline of 0.
+Gradient descent raises the chosen response while $d_w > 0$, the rest of the model permitting, and
+lowers the rejected one while $d_l > 0$.
 
-| loss | formula | inputs | source | value | pull |
-|---|---|---|---|---|---|
-%(losses)s
+## Formulas
+
+| loss | formula | inputs | source |
+|---|---|---|---|
+%(formulas)s
 
 Numbers are float32 at least, and finite at margins of ±10,000 nats and at probability one. The mean
 of an empty response is 0. Plain hyperparameters are checked; traced ones cannot be. Where a paper
 and its code differ, the docstring says which one this is: `help(losses.orpo)`.
+
+## Pulls
+
+Hyperparameters are the defaults. *At reference*: the policy equals its reference, `logp` =
+%(logp)s nats over %(lengths)s tokens. *Range*: over all log-ratios from -10,000 to 10,000 nats,
+without reference over all log-probabilities from -10,000 to -0.01; ∞ is a pull that still grows at
+the edge. *Rejected fell*, *chosen fell*: the limits of $d_w$, $d_l$ as the margin grows to either
+side because that response fell, the other staying. *Equal*: whether $d_w = d_l$ everywhere, or, by
+token, $n_w d_w = n_l d_l$. For single examples the two numbers belong to two examples, for `kto` a
+desirable and an undesirable one at a baseline of 0. Rewards and win probabilities are 1 and 0. Of
+losses of tokens the pull is that on a response's sum, of which a token has a fixed part, the later
+the larger.
+
+| loss | value | at reference | range of $d_w$ | of $d_l$ | rejected fell | chosen fell | equal |
+|---|---|---|---|---|---|---|---|
+%(pulls)s
+
+The same as a picture, made by `python -m experiments.loss_pulls`: $d_w$ and $d_l$ as one response
+moves and the other stays.
+
+![Pull of every loss on the chosen and on the rejected response](figures/losses.png)
+
+## Differences
+
+Where the same name means something else, in a paper, in its authors' code or in other libraries.
+
+%(differences)s
+
+## The logic of preferences
+
+%(logic)s
+
+## Other names
+
+| name | here |
+|---|---|
+%(names)s
+
+## Parts that compose
+
+A loss is an array of the pairs, so a supervised term is added, a weight multiplied, a token mean
+divided, and smoothed labels are a mean with the swapped pair:
+
+```python
+import jax.numpy as jnp
+
+from jaxpref import losses
+
+logp, reference = jnp.array([[-12.3, -15.1]]), jnp.array([[-13.0, -14.2]])
+lengths, weight = jnp.array([[9.0, 12.0]]), jnp.array([0.5])
+
+
+def apo(logp, reference):
+    return losses.apo_zero(logp, reference, beta=0.1)
+
+
+plain = apo(logp, reference)
+with_likelihood = plain + 0.2 * losses.sft(logp[..., 0])
+weighted = weight * plain
+by_token = apo(logp / lengths, reference / lengths)
+smoothed = 0.9 * plain + 0.1 * apo(logp[..., ::-1], reference[..., ::-1])
+with_margin = apo(logp - jnp.array([[2.0, 0.0]]), reference)  # chosen is to lead by 2 nats more
+```
 
 Not losses, but made for them:
 
 | function | formula | inputs | source |
 |---|---|---|---|
 %(helpers)s
+
+[A training loop of your own](own_loop.md) shows three losses in plain JAX and optax.
 
 ## Another loss
 
@@ -53,27 +134,212 @@ Not losses, but made for them:
 5. `make test` says which of these was forgotten.
 """
 
-POINT = {
-    "logp": jnp.array([-12.0, -15.0], jnp.float32),
-    "reference": jnp.array([-12.0, -15.0], jnp.float32),
-    "lengths": jnp.array([8, 12]),
-    "desirable": jnp.array([True, False]),
-    "kl_baseline": jnp.zeros((), jnp.float32),
+LENGTHS = (8, 12)
+LOGP = (-12.0, -15.0)
+PER_RESPONSE = {  # what losses read besides `logp`, `reference`, `lengths`; chosen, rejected
+    "desirable": [True, False],
+    "distance": [0.0, 0.0],
+    "divergence": [0.0, 0.0],
+    "kl": [0.0, 0.0],
+    "log_kernel": [0.0, 0.0],
+    "rewards": [1.0, 0.0],
+    "win_probability": [1.0, 0.0],
 }
+PER_TOKEN = {"kl_mask": 1.0, "mask": 1.0, "token_kl": 0.0, "token_reverse_kl": 0.0, "weights": 1.0}
+PER_PAIR = {"log_average": 0.0, "prompt_divergence": 0.0}
+SINGLE_NUMBER = {"delta": 0.0, "kl_baseline": 0.0}
+NEEDED = {"token_logp": ("shares",), "probability": ("lengths",)}  # to make a loss's first input
+BATCHWISE = ("aot", "aot_unpaired")  # each point is taken for a batch of one pair
+EDGES = (1e-2, 1e4)  # of the grid, nats
+GRID = 25  # points to either side
+SINGLE = np.array([[0, 0], [0, 1e3], [0, 1e4], [1e3, 0], [1e4, 0]])  # nats below LOGP
+
+
+class Pulls(NamedTuple):
+    """The numbers of a loss; pulls are ``(d_w, d_l)``."""
+
+    value: np.ndarray
+    here: np.ndarray  # [2], at the reference
+    low: np.ndarray  # [2], -inf where it still falls at the edge
+    high: np.ndarray
+    right: np.ndarray  # [2], the rejected response fell
+    wrong: np.ndarray
+    equal: str
 
 
 def catalogue() -> dict[str, Callable]:
     """Every loss by its name."""
     found = {name: value for name, value in vars(losses).items() if inspect.isfunction(value)}
-    return {name: loss for name, loss in found.items() if name not in HELPERS}
+    return {name: loss for name, loss in sorted(found.items()) if name not in HELPERS}
 
 
 def page() -> str:
     """The whole of docs/losses.md."""
-    rows = [[*_words(loss), *_numbers(loss)] for loss in catalogue().values()]
-    helpers = [_words(getattr(losses, name)) for name in HELPERS]
-    values = {"losses": _table(rows), "helpers": _table(helpers)}
-    return PAGE % {**{k: v.tolist() for k, v in POINT.items()}, **values}
+    found = catalogue()
+    logic = [[f"`{name}`", *_logic(loss)] for name, loss in found.items() if _part(loss, "Logic")]
+    numbers = pulls(found)
+    differs = {name: _one_line(_part(loss, "Differs")) for name, loss in found.items()}
+    values = {
+        "logp": list(LOGP),
+        "lengths": list(LENGTHS),
+        "formulas": _table([_words(loss) for loss in found.values()]),
+        "pulls": _table([[f"`{name}`", *_numbers(numbers[name])] for name in found]),
+        "differences": "\n".join(f"- `{name}`: {text}" for name, text in differs.items() if text),
+        "logic": LOGIC % _table(logic),
+        "names": _table([list(row) for row in OTHER_NAMES.items()]),
+        "helpers": _table([_words(getattr(losses, name)) for name in HELPERS]),
+    }
+    return PAGE % values
+
+
+LOGIC = r"""Each response is valid or not. *Both* and *neither* say where that world counts: for the
+preference, against it, both ways or not at all. The loss is that of the statement, given the
+condition, with the exception counting both ways. $\oplus$ is exclusive or,
+$\top$ always, $\bot$ never.
+
+| loss | both valid | neither valid | statement | condition | exception |
+|---|---|---|---|---|---|
+%s"""
+
+
+def pulls(found: dict[str, Callable]) -> dict[str, Pulls]:
+    """The numbers of every loss with the default hyperparameters."""
+    made = {}
+    for held in (True, False):
+        some = {k: loss for k, loss in found.items() if ("reference" in _inputs(loss)) == held}
+        points, reference = _points(held)
+        with jax.enable_x64(True):  # so that digits do not depend on how it is compiled
+            measured = values_and_pulls(some, jnp.asarray(points), jnp.asarray(reference))
+        size = np.abs(points[len(SINGLE) :])
+        is_inner = ((size >= 10 * EDGES[0]) & (size <= EDGES[1] / 10)).all(axis=-1)
+        for name, (value, d) in measured.items():
+            here, right, right_far, wrong, wrong_far = d[: len(SINGLE)]
+            grid = d[len(SINGLE) :]
+            low, high = (_extreme(grid, grid[is_inner], side) for side in (-1, 1))
+            right, wrong = _limit(right, right_far), _limit(wrong, wrong_far)
+            made[name] = Pulls(np.asarray(value[0]), here, low, high, right, wrong, equality(grid))
+    return made
+
+
+def _points(held: bool) -> tuple[np.ndarray, np.ndarray]:  # noqa: FBT001
+    """``[points 2]``: SINGLE, then a grid of log-ratios, or without reference of log-probabilities.
+
+    One shape for all losses, so that all share what is compiled.
+    """
+    side = np.geomspace(*EDGES, GRID if held else 2 * GRID + 1)
+    axis = np.concatenate([-side[::-1], [0], side]) if held else -side
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    points = np.concatenate([np.array(LOGP) - SINGLE, grid])
+    reference = np.concatenate([np.tile(LOGP, (len(SINGLE), 1)), 0 * grid])
+    return points, reference
+
+
+def arguments(
+    loss: Callable, reference: jax.Array, lengths: tuple[int, int] = LENGTHS
+) -> dict[str, jax.Array]:
+    """What `of_pairs` needs besides `logp`, at log-probabilities like ``reference [*points 2]``.
+
+    Raises:
+        ValueError: the loss reads something that has no value here.
+    """
+    shape, dtype = reference.shape, reference.dtype
+    tokens = (*shape, max(lengths))
+
+    def value(name: str) -> jax.Array:
+        if name in PER_RESPONSE:
+            return jnp.broadcast_to(jnp.array(PER_RESPONSE[name]), shape)
+        if name in PER_TOKEN:
+            return jnp.full(tokens, PER_TOKEN[name], dtype)
+        if name in PER_PAIR:
+            return jnp.full(shape[:-1], PER_PAIR[name], dtype)
+        if name in SINGLE_NUMBER:
+            return jnp.array(SINGLE_NUMBER[name], dtype)
+        if name not in special:
+            raise ValueError(f"{loss.__name__}: no value for {name}, expected one in {__file__}")
+        return special[name]()
+
+    def shares() -> jax.Array:
+        part = np.arange(1, max(lengths) + 1) * (
+            np.arange(max(lengths)) < np.array(lengths)[:, None]
+        )
+        return jnp.broadcast_to(jnp.asarray(part / part.sum(1, keepdims=True), dtype), tokens)
+
+    special: dict[str, Callable[[], jax.Array]] = {
+        "aligned": lambda: jnp.full((*shape, 1), sum(LOGP) / sum(LENGTHS), dtype),
+        "is_target": lambda: shares() > 0,
+        "key": lambda: jax.random.key(0),
+        "lengths": lambda: jnp.broadcast_to(jnp.array(lengths), shape),
+        "reference": lambda: reference,
+        "shares": shares,
+        "token_reference": lambda: reference[..., None] * shares(),
+    }
+    first, *rest = _inputs(loss)
+    return {name: value(name) for name in [*rest, *NEEDED.get(first, ())]}
+
+
+def of_pairs(loss: Callable, logp: jax.Array, **data: jax.Array) -> jax.Array:
+    """The loss of ``logp [*points 2]``: tokens by their shares, of a batch each pair alone."""
+    (first, *_), data = _inputs(loss), dict(data)
+    if first == "token_logp":
+        return loss(logp[..., None] * data.pop("shares"), **data)
+    if first == "probability":
+        return loss(jnp.exp(logp / data.pop("lengths").astype(logp.dtype)), **data)
+    if loss.__name__ in BATCHWISE:
+        return loss(logp[..., None, :], data["reference"][..., None, :])[..., 0]
+    return loss(logp, **data)
+
+
+def values_and_pulls(
+    found: dict[str, Callable],
+    logp: jax.Array,
+    reference: jax.Array,
+    lengths: tuple[int, int] = LENGTHS,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Of every loss the value and ``(d_w, d_l)`` at ``logp [*points 2]``, in one program."""
+
+    def one(loss: Callable, logp: jax.Array, data: dict[str, jax.Array]) -> tuple:
+        value, back = jax.vjp(lambda x: of_pairs(loss, x, **data), logp)
+        (pull,) = back(jnp.ones_like(value))
+        return value, jnp.stack([-pull[..., 0], pull[..., 1]], axis=-1)
+
+    def every(logp: jax.Array, data: dict[str, dict[str, jax.Array]]) -> dict[str, tuple]:
+        return {name: one(loss, logp, data[name]) for name, loss in found.items()}
+
+    data = {name: arguments(loss, reference, lengths) for name, loss in found.items()}
+    return jax.tree.map(np.asarray, jax.jit(every)(logp, data))
+
+
+def _extreme(whole: np.ndarray, inside: np.ndarray, side: int) -> np.ndarray:
+    """The least or the largest pulls; infinite where only the edges of the grid have them."""
+    most, known = (side * (side * d).max(axis=0) for d in (whole, inside))
+    grows = side * (most - 1.05 * known) > 1e-6
+    return np.where(grows & (side * most > 0) | (np.abs(most) > 1e9), side * np.inf, most)
+
+
+def _limit(near: np.ndarray, far: np.ndarray) -> np.ndarray:
+    """The pulls as one response falls, from those 1,000 and 10,000 nats below."""
+    grows = np.abs(far) > 1.05 * np.abs(near) + 1e-6
+    return np.where(grows | (np.abs(far) > 1e9), np.copysign(np.inf, far), far)
+
+
+def equality(d: np.ndarray, lengths: tuple[int, int] = LENGTHS) -> str:
+    """Whether ``d_w = d_l`` in all rows of ``[points 2]``, or ``n_w d_w = n_l d_l``."""
+    if np.allclose(d[:, 0], d[:, 1], rtol=1e-4, atol=1e-7):
+        return "yes"
+    by_token = d * np.array(lengths)
+    return "by token" if np.allclose(*by_token.T, rtol=1e-4, atol=1e-7) else "no"
+
+
+def _numbers(found: Pulls) -> list[str]:
+    ends = zip(found.low.tolist(), found.high.tolist(), strict=True)
+    ranges = [f"{_number(low)} to {_number(high)}" for low, high in ends]
+    limits = [_shown(found.right), _shown(found.wrong)]
+    return [_shown(found.value), _shown(found.here), *ranges, *limits, found.equal]
+
+
+def _inputs(loss: Callable) -> list[str]:
+    read = inspect.signature(loss).parameters.values()
+    return [p.name for p in read if p.kind is not p.KEYWORD_ONLY]
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -84,28 +350,44 @@ def _words(function: Callable) -> list[str]:
     """Name, formula, inputs and source."""
     text = inspect.getdoc(function) or ""
     formula = re.search(r"\.\. math::(.*?)\n\n", text, re.DOTALL)
-    source = re.search(r"References:\n(.*?)(\n\n|\Z)", text, re.DOTALL)
-    if formula is None or source is None:
+    source = _part(function, "References")
+    if formula is None or not source:
         raise ValueError(f"{function.__name__}: expected '.. math::' and 'References:' in its text")
-    cited, _, link = _one_line(source[1]).rpartition(", ")
+    cited, _, link = _one_line(source).rpartition(", ")
     read = inspect.signature(function).parameters.values()
-    data = ", ".join(f"`{p.name}`" for p in read if p.kind is not p.KEYWORD_ONLY)
+    data = ", ".join(f"`{name}`" for name in _inputs(function))
     shown = ", ".join(f"`{p.name}={p.default:g}`" for p in read if p.kind is p.KEYWORD_ONLY)
     inputs = f"{data}; {shown}" if shown else data
     return [f"`{function.__name__}`", f"${_one_line(formula[1])}$", inputs, f"[{cited}]({link})"]
 
 
-def _numbers(loss: Callable) -> list[str]:
-    """Value and pull at `POINT`."""
-    data = {k: v for k, v in POINT.items() if k in inspect.signature(loss).parameters}
-    logp = data.pop("logp")
-    value = loss(logp, **data)
-    pull = jax.grad(lambda x: loss(x, **data).sum())(logp)
-    return [_shown(value), _shown(pull)]
+def _logic(loss: Callable) -> list[str]:
+    """Where "both" and "neither" count; statement, condition, exception."""
+    text = _one_line(_part(loss, "Logic"))
+    found = re.fullmatch(
+        r"S = (.+), given (.+), except (.+); both valid: (.+); neither: (.+)\.", text
+    )
+    if found is None:
+        raise ValueError(f"{loss.__name__}: cannot read its Logic: {text}")
+    return [found[4], found[5], found[1], found[2], found[3]]
 
 
-def _shown(x: jax.Array) -> str:
-    return ", ".join(f"{v + 0.0:.4g}" for v in np.ravel(x))  # + 0.0: no negative zero
+def _part(function: Callable, title: str) -> str:
+    """The text under ``title:`` in a docstring, or nothing."""
+    found = re.search(
+        rf"^{title}:\n(.*?)(\n\n|\Z)", inspect.getdoc(function) or "", re.DOTALL | re.M
+    )
+    return found[1] if found else ""
+
+
+def _shown(x: np.ndarray) -> str:
+    return ", ".join(_number(float(v)) for v in np.ravel(x))
+
+
+def _number(v: float) -> str:
+    if not np.isfinite(v):
+        return "-∞" if v < 0 else "∞"
+    return "0" if abs(v) < 1e-6 else f"{v:.4g}"
 
 
 def _one_line(text: str) -> str:

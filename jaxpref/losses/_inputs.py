@@ -38,6 +38,17 @@ def per_token(
     return x / jnp.maximum(counts(lengths, x), 1.0)
 
 
+def bounded(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """``x``, but where ``exp(x)`` nears overflow the bound: there value and slope stand still."""
+    bound = 0.9 * math.log(float(jnp.finfo(x.dtype).max))
+    return x - jax.lax.stop_gradient(jax.nn.relu(x - bound))
+
+
+def below_one(log_p: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """A log-probability; above ``-eps`` with value and slope at ``-eps``, so ``1 - p`` is not 0."""
+    return log_p - jax.lax.stop_gradient(jax.nn.relu(log_p + jnp.finfo(log_p.dtype).eps))
+
+
 def positive(name: str, value: Hyperparameter, like: Array) -> float | Array:
     """``value``, refused unless finite and above 0."""
     return _number(name, value, like, lambda v: v > 0, "a finite number above 0")
@@ -56,6 +67,16 @@ def flip_rate(name: str, value: Hyperparameter, like: Array) -> float | Array:
 def fraction(name: str, value: Hyperparameter, like: Array) -> float | Array:
     """``value``, refused unless in (0, 1]."""
     return _number(name, value, like, lambda v: 0 < v <= 1, "a number above 0, at most 1")
+
+
+def portion(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless in [0, 1]."""
+    return _number(name, value, like, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+def inner_fraction(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless in (0, 1)."""
+    return _number(name, value, like, lambda v: 0 < v < 1, "a number above 0 and below 1")
 
 
 def _number(

@@ -92,7 +92,7 @@ def cdpo(
     .. math:: -(1-\epsilon)\log\sigma(x) - \epsilon\log\sigma(-x), \quad x = \beta(u_w - u_l)
 
     ``d_w = d_l = β(σ(-x) - ε)``: the pull turns round past ``x = log((1-ε)/ε)`` and holds the
-    margin there. Newer versions of TRL accept its ``label_smoothing`` for DPO and ignore it.
+    margin there.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -105,6 +105,10 @@ def cdpo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `epsilon` not in [0, 0.5).
+
+    Differs:
+        TRL has it as ``label_smoothing`` of DPO up to 0.28; later versions accept that and ignore
+        it.
 
     References:
         Mitchell (2023), A note on DPO with noisy preferences, https://ericmitchell.ai/cdpo.pdf
@@ -162,8 +166,7 @@ def ipo(
 
     .. math:: \left(u_w - u_l - \frac{1}{2\tau}\right)^2
 
-    The form of the paper and of the DPO authors' code. Other code (TRL since 0.7.11, HALOs) uses
-    token means, which is `ipo_length_normalised`. The pull turns round past the target.
+    The pull turns round past the target.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -175,6 +178,10 @@ def ipo(
 
     Raises:
         ValueError: `tau` is not a finite number above 0.
+
+    Differs:
+        The form of the paper and of the DPO authors' code. TRL since 0.7.11 and HALOs use token
+        means, which is `ipo_length_normalised`.
 
     References:
         Azar et al. (2023), Eq. 17, https://arxiv.org/abs/2310.12036
@@ -194,9 +201,7 @@ def ipo_length_normalised(
 
     .. math:: \left(\frac{u_w}{n_w} - \frac{u_l}{n_l} - \frac{1}{2\tau}\right)^2
 
-    The form of TRL since 0.7.11 (which reports the authors' word that they used it), not of the
-    paper's equation. HALOs divides by the tokens of nonzero log-ratio instead, which is 0/0 where
-    policy and reference agree; here ``n`` counts the scored tokens.
+    ``n`` counts the scored tokens. The pull turns round past the target.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -209,6 +214,11 @@ def ipo_length_normalised(
 
     Raises:
         ValueError: `tau` is not a finite number above 0.
+
+    Differs:
+        The form of TRL since 0.7.11, which reports the authors' word that they used it, not of the
+        paper's equation. HALOs divides by the tokens of nonzero log-ratio instead, which is 0/0
+        where policy and reference agree.
 
     References:
         Azar et al. (2023), Eq. 17, with token means, https://arxiv.org/abs/2310.12036
@@ -227,7 +237,7 @@ def hinge(
 
     .. math:: \max(0, 1 - \beta(u_w - u_l))
 
-    The hinge-norm loss of RSO. TRL calls it SLiC, but `slic_hf` has no reference and a term more.
+    The hinge-norm loss of RSO.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -239,6 +249,9 @@ def hinge(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        TRL calls it SLiC, but `slic_hf` has no reference and a term more.
 
     References:
         Liu et al. (2023), the hinge-norm loss, https://arxiv.org/abs/2309.06657
@@ -294,8 +307,8 @@ def dpop(
 
     .. math:: -\log\sigma(\beta (u_w - u_l - \lambda \max(0, -u_w)))
 
-    The paper's form, penalty inside the logistic and multiplied by ``β``; some code has it
-    outside. ``d_w/d_l = 1 + λ`` while the penalty is on, 1 otherwise.
+    The penalty is inside the logistic and multiplied by ``β``. ``d_w/d_l = 1 + λ`` while the
+    penalty is on, 1 otherwise.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -308,6 +321,9 @@ def dpop(
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `lam` not one of 0 or above.
+
+    Differs:
+        Some code has the penalty outside the logistic. turbo-alignment's default `lam` is 0.1.
 
     References:
         Pal et al. (2024), the DPOP loss, https://arxiv.org/abs/2402.13228
@@ -353,33 +369,113 @@ def dpo_shift(
     return -jax.nn.log_sigmoid(beta * (u[..., 0] - shift * u[..., 1]))
 
 
-def sppo(
+def ln_dpo(
     logp: Float[AnyArray, "*pairs 2"],
     reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
     *,
-    beta: Hyperparameter = 1e-3,
+    beta: Hyperparameter = 2.0,
 ) -> Float[Array, "*pairs"]:
-    r"""Self-play preference optimisation with hard labels: each response has a target of its own.
+    r"""Length-normalised DPO: the margin of log-ratios averaged over tokens.
 
-    .. math:: \left(u_w - \frac{1}{2\beta}\right)^2 + \left(u_l + \frac{1}{2\beta}\right)^2
+    .. math:: -\log\sigma\left(\beta\left(\frac{u_w}{n_w} - \frac{u_l}{n_l}\right)\right)
 
-    Win probabilities are 1 and 0 and the constant in front is 1, as in TRL's ``sppo_hard``; the
-    authors' code has 1/2 in front and measured win probabilities in place of 1 and 0.
+    Policy and reference are both divided, so ``d_y = β σ(-x) / n_y``. `beta` is on another scale
+    than DPO's, about the average length times it.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
-        reference: The same under the frozen reference (the previous iterate); gets no gradient.
-        beta: ``1/η`` of the paper, above 0; the targets are ``±1/(2β)`` nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response.
+        beta: Inverse temperature, tokens per nat, above 0.
 
     Returns:
-        One loss a pair, nats squared.
+        One loss a pair, nats. An empty response has a mean of 0.
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
 
     References:
-        Wu et al. (2024), the SPPO loss with P = 1 and 0, https://arxiv.org/abs/2405.00675
+        Ahrabian et al. (2024), LN-DPO, https://arxiv.org/abs/2407.15229
+    """
+    u = per_token(log_ratio(logp, reference), lengths)
+    return -jax.nn.log_sigmoid(positive("beta", beta, u) * margin(u))
+
+
+def rpo(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.01,
+    eta: Hyperparameter = 0.005,
+) -> Float[Array, "*pairs"]:
+    r"""Regularised preference optimisation: DPO and the likelihood of the chosen, as a sum.
+
+    .. math:: -\log\sigma(\beta(u_w - u_l)) - \eta\beta\log\pi_w
+
+    The form of the authors' trainer: the weight is `eta` times `beta`, so
+    ``d_w = β(σ(-x) + η)`` against ``d_l = β σ(-x)``.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        beta: Inverse temperature, per nat, above 0.
+        eta: Weight of the likelihood term, 0 (DPO) or above, times `beta`.
+
+    Returns:
+        One loss a pair, nats.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `eta` not one of 0 or above.
+
+    Differs:
+        The authors' other code and TRL average the likelihood term over tokens, `rpo_token_mean`.
+
+    References:
+        Liu et al. (2024), the RPO loss as in its code, https://arxiv.org/abs/2405.16436
     """
     u = log_ratio(logp, reference)
-    target = 1 / (2 * positive("beta", beta, u))
-    return (u[..., 0] - target) ** 2 + (u[..., 1] + target) ** 2
+    beta, eta = positive("beta", beta, u), nonnegative("eta", eta, u)
+    return -jax.nn.log_sigmoid(beta * margin(u)) - eta * beta * wide(logp)[..., 0]
+
+
+def rpo_token_mean(
+    logp: Float[AnyArray, "*pairs 2"],
+    reference: Float[AnyArray, "*pairs 2"],
+    lengths: Num[AnyArray, "*pairs 2"],
+    *,
+    beta: Hyperparameter = 0.1,
+    alpha: Hyperparameter = 1.0,
+) -> Float[Array, "*pairs"]:
+    r"""DPO and the likelihood of the chosen response, as a mean over its tokens.
+
+    .. math:: -\log\sigma(\beta(u_w - u_l)) - \alpha a_w
+
+    ``d_w = β σ(-x) + α/n_w``. The likelihood term of RPO and of iterative reasoning preference
+    optimisation as most code has it.
+
+    Args:
+        logp: Summed response log-probabilities under the policy, nats.
+        reference: The same under the frozen reference; gets no gradient.
+        lengths: Number of scored tokens of each response; only the chosen one's is used.
+        beta: Inverse temperature, per nat, above 0.
+        alpha: Weight of the likelihood term, 0 (DPO) or above, not times `beta`.
+
+    Returns:
+        One loss a pair, nats. An empty response has a mean of 0.
+
+    Raises:
+        ValueError: `beta` is not a finite number above 0, or `alpha` not one of 0 or above.
+
+    Differs:
+        TRL means over all chosen tokens of the batch, not over each response. TRL 0.9 weighs the
+        DPO term instead; from 0.10 to 0.28 ``rpo_alpha`` is `alpha`, and tokens with id 0 are left
+        out; from 0.29 on it is ``loss_type=["sigmoid", "sft"]`` with ``loss_weights``.
+
+    References:
+        Pang et al. (2024), Eq. 1, https://arxiv.org/abs/2404.19733
+    """
+    u = log_ratio(logp, reference)
+    beta, alpha = positive("beta", beta, u), nonnegative("alpha", alpha, u)
+    chosen_mean = per_token(wide(logp), lengths)[..., 0]
+    return -jax.nn.log_sigmoid(beta * margin(u)) - alpha * chosen_mean
