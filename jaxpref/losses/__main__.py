@@ -10,12 +10,38 @@ import numpy as np
 
 from jaxpref import losses
 
-HELPERS = ("margin", "kto_baseline")  # public, but no losses
+HELPERS = (  # public, but no losses
+    "margin",
+    "kto_baseline",
+    "bco_running_mean",
+    "bco_prompt_weight",
+    "kldo_log_average",
+    "mean_token_probability",
+    "sampo_positions",
+    "sparsepo_activation_mask",
+    "sparsepo_learned_mask",
+    "tis_weights",
+    "feature_distance",
+    "pooled_codes",
+    "log_rbf_kernel",
+    "log_polynomial_kernel",
+    "log_mahalanobis_kernel",
+    "log_spectral_kernel",
+    "log_kernel_mixture",
+    "kl_divergence",
+    "js_divergence",
+    "renyi_divergence",
+    "bhattacharyya_divergence",
+    "hellinger_divergence",
+    "wasserstein_divergence",
+    "f_divergence",
+)
 
 PAGE = r"""# Losses
 
 Every loss keeps its batch axes and averages nothing: pairs are `[*pairs 2] -> [*pairs]`, chosen
-first; single examples `[*examples] -> [*examples]`. Arguments are data, keywords hyperparameters.
+first; single examples `[*examples] -> [*examples]`; a loss of a whole batch is one number.
+Arguments are data, keywords hyperparameters. Token arrays are `[*pairs 2 response]`.
 
 | symbol | meaning |
 |---|---|
@@ -27,8 +53,9 @@ first; single examples `[*examples] -> [*examples]`. Arguments are data, keyword
 *Value* and *pull* are measured where the policy equals its reference, `logp` = %(logp)s nats
 over %(lengths)s tokens, hyperparameters as shown. The pull is `jax.grad(loss)(logp)`, which is
 `[-d_w, +d_l]`: gradient descent raises a log-probability whose pull is negative. For single
-examples the two numbers belong to two examples, for `kto` a desirable and an undesirable one at a
-baseline of 0.
+examples the two numbers belong to two examples, for `kto`, `bco` and `kldo` a desirable and an
+undesirable one at a baseline of 0; of losses of tokens the pulls are means over a response's
+tokens, of `flat_*` they are by the probabilities, 0.6 and 0.3.
 
 | loss | formula | inputs | source | value | pull |
 |---|---|---|---|---|---|
@@ -59,6 +86,27 @@ POINT = {
     "lengths": jnp.array([8, 12]),
     "desirable": jnp.array([True, False]),
     "kl_baseline": jnp.zeros((), jnp.float32),
+    "delta": jnp.zeros((), jnp.float32),
+    "log_average": jnp.zeros((), jnp.float32),
+    "aligned": jnp.full((2, 1), -1.5, jnp.float32),
+    "probability": jnp.array([0.6, 0.3], jnp.float32),
+    "kl": jnp.zeros(2, jnp.float32),
+    "distance": jnp.zeros(2, jnp.float32),
+    "log_kernel": jnp.zeros(2, jnp.float32),
+    "divergence": jnp.zeros(2, jnp.float32),
+    "prompt_divergence": jnp.zeros((), jnp.float32),
+}
+TOKENS = jnp.arange(12) < POINT["lengths"][:, None]  # the same log-probabilities, token by token
+POINT_OF_TOKENS = {
+    "token_logp": jnp.where(TOKENS, jnp.array([[-1.5], [-1.25]], jnp.float32), 0),
+    "token_reference": jnp.where(TOKENS, jnp.array([[-1.5], [-1.25]], jnp.float32), 0),
+    "token_kl": jnp.zeros((2, 12), jnp.float32),
+    "token_reverse_kl": jnp.zeros((2, 12), jnp.float32),
+    "mask": jnp.ones((2, 12), jnp.float32),
+    "kl_mask": jnp.ones((2, 12), jnp.float32),
+    "weights": jnp.ones((2, 12), jnp.float32),
+    "is_target": TOKENS,
+    "key": jax.random.key(0),
 }
 
 
@@ -96,11 +144,14 @@ def _words(function: Callable) -> list[str]:
 
 
 def _numbers(loss: Callable) -> list[str]:
-    """Value and pull at `POINT`."""
-    data = {k: v for k, v in POINT.items() if k in inspect.signature(loss).parameters}
-    logp = data.pop("logp")
-    value = loss(logp, **data)
-    pull = jax.grad(lambda x: loss(x, **data).sum())(logp)
+    """Value and pull at `POINT`, the pull by the first argument."""
+    names = list(inspect.signature(loss).parameters)
+    point = POINT | POINT_OF_TOKENS
+    data = {name: point[name] for name in names[1:] if name in point}
+    value = loss(point[names[0]], **data)
+    pull = jax.grad(lambda x: loss(x, **data).sum())(point[names[0]])
+    if pull.ndim == 2:  # of tokens
+        pull = pull.sum(axis=-1) / TOKENS.sum(axis=-1, dtype=pull.dtype)
     return [_shown(value), _shown(pull)]
 
 
