@@ -154,6 +154,7 @@ def test_derivatives_agree_with_finite_differences(point):
         other = dict(zip(trained, others, strict=True))
         return bound(point.name, **{**arguments, **other})(logp)
 
+    loss = jax.jit(loss)
     at = [point.logp, *[DATA[name] + 0.03 for name in trained]]  # away from masks of 0, a kink
     at = [jnp.nan_to_num(x) for x in at]  # differences cannot be taken at NaN
     # In float64 a central difference is good to about 1e-9 of the value.
@@ -217,11 +218,13 @@ def test_the_first_step_of_tdpo_is_that_of_dpo(loss, small_model):
         logp, kl = scores(hidden, small_model)
         return loss(logp, reference, kl)
 
-    first = jax.grad(tdpo)(still)
-    plain = jax.grad(lambda h: losses.dpo(scores(h, small_model)[0], reference))(still)
-    np.testing.assert_allclose(first, plain, rtol=1e-10, atol=1e-14)
-    later = jax.grad(tdpo)(1.3 * still)
-    moved = jax.grad(lambda h: losses.dpo(scores(h, small_model)[0], reference))(1.3 * still)
+    @jax.jit
+    def both(hidden):
+        plain = jax.grad(lambda h: losses.dpo(scores(h, small_model)[0], reference))(hidden)
+        return jax.grad(tdpo)(hidden), plain
+
+    np.testing.assert_allclose(*both(still), rtol=1e-10, atol=1e-14)
+    later, moved = both(1.3 * still)
     assert np.abs(later - moved).max() > 1e-3
 
 
@@ -378,12 +381,13 @@ def test_learned_masks_are_trained_by_the_loss_and_the_reference_is_not(mask_net
         mask = losses.sparsepo_learned_mask(hidden, **parameters, is_target=REAL)
         return bound("sparsepo", mask=mask, kl_mask=mask, lam=0.1)(TOKENS)
 
-    slopes, still = jax.grad(loss, argnums=(0, 1))(parameters, hidden)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    slopes, still = gradient(parameters, hidden)
     assert all(np.isfinite(s).all() and np.any(s != 0) for s in slopes.values())
     np.testing.assert_array_equal(still, 0)
     dead = {**parameters, "bias": jnp.full(2, -100.0)}
     np.testing.assert_allclose(loss(dead, hidden), np.log(2), rtol=1e-12)
-    slopes = jax.grad(loss)(dead, hidden)
+    slopes, _ = gradient(dead, hidden)
     assert all((np.asarray(s) == 0).all() for s in slopes.values())  # as the docstring warns
 
 
@@ -448,17 +452,18 @@ def test_pooled_codes_are_those_of_the_encoder(key):
     hidden = jax.random.normal(key, (2, 3, 4)).at[1, 2].set(jnp.nan)
     weight = jax.random.normal(jax.random.fold_in(key, 1), (4, 5))
     bias, threshold = jnp.linspace(-0.5, 0.5, 5), jnp.array([0.0, 0.4, -1.0, 0.2, 0.0])
-    found = losses.pooled_codes(hidden, REAL, weight, bias, threshold)
+    pooled = jax.jit(losses.pooled_codes)
+    found = pooled(hidden, REAL, weight, bias, threshold)
     z = np.asarray(hidden) @ np.asarray(weight) + np.asarray(bias)
     z = np.where(z > np.maximum(threshold, 0), z, 0)
     np.testing.assert_allclose(found, [z[0].mean(axis=0), z[1, :2].mean(axis=0)], rtol=1e-10)
-    empty = losses.pooled_codes(hidden, jnp.zeros((2, 3), bool), weight, bias, threshold)
+    empty = pooled(hidden, jnp.zeros((2, 3), bool), weight, bias, threshold)
     np.testing.assert_array_equal(empty, 0)
 
     def total(hidden, weight):
-        return losses.pooled_codes(hidden, REAL, weight, bias, threshold).sum()
+        return pooled(hidden, REAL, weight, bias, threshold).sum()
 
-    slopes = jax.grad(total, argnums=(0, 1))(hidden, weight)
+    slopes = jax.jit(jax.grad(total, argnums=(0, 1)))(hidden, weight)
     assert np.isfinite(slopes[0]).all()
     np.testing.assert_array_equal(slopes[0][1, 2], 0)
     np.testing.assert_array_equal(slopes[1], 0)
@@ -483,9 +488,10 @@ def test_the_first_step_of_fpo_is_dpo_of_token_means():
         u = (logp(hidden) - reference) / lengths.astype(jnp.float64)
         return losses.dpo(u, jnp.zeros(2), beta=2)
 
-    first, plain = jax.grad(fpo)(hidden), jax.grad(means)(hidden)
+    fpo, means = jax.jit(jax.grad(fpo)), jax.jit(jax.grad(means))
+    first, plain = fpo(hidden), means(hidden)
     np.testing.assert_allclose(first, plain, rtol=1e-10)
-    later, plain = jax.grad(fpo)(1.3 * hidden), jax.grad(means)(1.3 * hidden)
+    later, plain = fpo(1.3 * hidden), means(1.3 * hidden)
     assert np.abs(later - plain).max() > 0.01 * np.abs(plain).max()
 
 
@@ -545,15 +551,19 @@ ROOMS = {
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_value_and_pulls_of_tokens_are_finite_at_the_edges_in_float32(name):
     rooms = jnp.array(list(ROOMS.values()))
+
+    @jax.jit
+    def each(logp, data):
+        value, pullback = jax.vjp(lambda x: getattr(losses, name)(x, **data), logp)
+        return value, *pullback(jnp.ones_like(value))
+
     for edge, tokens in [*EDGES.items(), ("reference", DATA["token_reference"])]:
         loss = bound(name, dtype=jnp.float32)
         logp = jnp.array(tokens, jnp.float32)
         data = {k: v for k, v in loss.keywords.items() if v.ndim}
         data = {k: jnp.broadcast_to(v, (4, 2, 3)) for k, v in data.items()} | {"is_target": rooms}
         key = {k: v for k, v in loss.keywords.items() if not v.ndim}
-        batch = functools.partial(loss.func, **data, **key)
-        value, pullback = jax.vjp(batch, jnp.broadcast_to(logp, (4, 2, 3)))
-        (pull,) = pullback(jnp.ones_like(value))
+        value, pull = each(jnp.broadcast_to(logp, (4, 2, 3)), data | key)
         assert value.dtype == pull.dtype == jnp.float32
         for room, one, both in zip(ROOMS, value, pull, strict=True):
             assert np.isfinite(one), (edge, room)
@@ -564,14 +574,14 @@ def test_value_and_pulls_of_tokens_are_finite_at_the_edges_in_float32(name):
 @pytest.mark.parametrize("name", ["tdpo1", "tdpo2", "fpo"])
 def test_value_and_pull_are_finite_at_the_edges_in_float32(name):
     edges = [[-13.0, -14.2], [-3.0, -10_003.0], [-10_003.0, -3.0], [0.0, 0.0], [-0.5, -9.0]]
+    function = getattr(losses, name)
+    each = jax.jit(jax.value_and_grad(lambda x, data: function(x, **data), argnums=(0, 1)))
     for extra in (0.0, 1e4):
         for logp in edges:
             loss = bound(name, dtype=jnp.float32)
             data = {k: v for k, v in loss.keywords.items() if k in TRAINED[name]}
             data = {k: jnp.array([0.0, extra], jnp.float32) for k in data}
-            value, pulls = jax.value_and_grad(
-                lambda x, d, f=loss: functools.partial(f, **d)(x), argnums=(0, 1)
-            )(jnp.array(logp, jnp.float32), data)
+            value, pulls = each(jnp.array(logp, jnp.float32), loss.keywords | data)
             assert value.dtype == jnp.float32
             assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, pulls)))
     if name == "fpo":
@@ -605,7 +615,7 @@ def test_batch_axes_are_kept_and_rows_do_not_meet(name, key):
     arrays = {k: v for k, v in loss.keywords.items() if v.ndim}
     data = {k: jnp.broadcast_to(v, logp.shape) for k, v in arrays.items()}
     rest = {k: v for k, v in loss.keywords.items() if not v.ndim}
-    whole = loss.func(logp, **data, **rest)
+    whole = jax.jit(loss.func)(logp, **data, **rest)
     assert whole.shape == (2, 3)
     if name == "sampo":  # a pair has its own draw in a batch
         return

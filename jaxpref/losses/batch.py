@@ -123,9 +123,7 @@ def kldo(
 
     The Donsker-Varadhan bound: never below ``-KL(D+ || D-)``, with equality where ``r`` is
     ``log D+/D-`` and a constant. Undesirable examples are pushed by ``β softmax(r)``, the likeliest
-    ones most. The authors' default takes this gradient from a moving average,
-    `kldo_moving_average`, and multiplies the second term by a ratio of the two terms that can turn
-    its sign; nothing of that ratio is in the paper, nor here.
+    ones most.
 
     Args:
         logp: Summed response log-probability under the policy, nats.
@@ -139,6 +137,11 @@ def kldo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        The authors' default takes the gradient from a moving average, `kldo_moving_average`, and
+        multiplies the second term by a ratio of the two terms that can turn its sign. The ratio is
+        neither in the paper nor here.
 
     References:
         Haldar et al. (2025), the KLDO loss, https://arxiv.org/abs/2502.00657
@@ -275,10 +278,7 @@ def flat_kl(probability: Float[AnyArray, "*batch 2"]) -> Float[Array, "*batch"]:
 
     ``-g(P_w) + f*(g(P_l))``, the variational form of an f-divergence ``f`` with conjugate ``f*``
     and output ``g``: a template answer is made likelier, the one to forget less likely. Those whose
-    published signs do that are here: KL, total variation, Jensen-Shannon, Pearson, Jeffrey. The
-    code's branches for the reverse KL and the squared Hellinger divergence pull both answers the
-    wrong way (their outputs fall with ``P_w`` and their conjugates with ``P_l``); that for Neyman's
-    pulls the template down and leaves ``g`` out of the conjugate. The paper uses none of the three.
+    published signs do that are here: KL, total variation, Jensen-Shannon, Pearson, Jeffrey.
 
     Args:
         probability: ``P`` of `mean_token_probability`, of the template answers, then of the
@@ -286,6 +286,12 @@ def flat_kl(probability: Float[AnyArray, "*batch 2"]) -> Float[Array, "*batch"]:
 
     Returns:
         One loss a batch, no unit.
+
+    Differs:
+        The code's branches for the reverse KL and the squared Hellinger divergence pull both
+        answers the wrong way: their outputs fall with ``P_w`` and their conjugates with ``P_l``.
+        That for Neyman's pulls the template down, and its conjugate is without ``g``. The paper
+        uses none of the three.
 
     References:
         Wang et al. (2024), the FLAT loss, https://arxiv.org/abs/2410.11143

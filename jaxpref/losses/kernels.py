@@ -35,9 +35,7 @@ def dpo_kernels(
     .. math:: -\log\sigma\left(a_w - a_l + \gamma (\log K_w - \log K_l) - \alpha (D_w - D_l)\right),
         \quad a = \frac{\log\pi}{n}
 
-    Our transcription for text of the authors' code for images, where ``a`` is a mean over
-    elements; code for text is not released. `dpo_kernels_linear` is the form that the paper prints.
-    Equal kernels and divergences leave `simpo` with ``β = 1, γ = 0``.
+    Our transcription. Equal kernels and divergences leave `simpo` with ``β = 1, γ = 0``.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
@@ -54,6 +52,10 @@ def dpo_kernels(
 
     Raises:
         ValueError: `gamma` or `alpha` is not a finite number, 0 or above.
+
+    Differs:
+        The form of the authors' code for images, where ``a`` is a mean over elements; none for text
+        is released. The paper prints `dpo_kernels_linear`.
 
     References:
         Das et al. (2025), as in the authors' code for images, https://arxiv.org/abs/2501.03271

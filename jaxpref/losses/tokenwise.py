@@ -116,9 +116,7 @@ def sampo(
         \quad \#S_w = \#S_l = \min(n_w, n_l)
 
     ``S`` of `sampo_positions`: of the shorter response all tokens, of the longer one a uniform
-    draw, the *same* for policy and reference, as in the paper. The authors' code draws twice, so
-    that the longer response has a random log-ratio even where policy and reference agree. Pairs of
-    equal length are `dpo`.
+    draw, the *same* for policy and reference. Pairs of equal length are `dpo`.
 
     Args:
         token_logp: Log-probability of each token under the policy, nats.
@@ -132,6 +130,10 @@ def sampo(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        The paper draws once, as here. Its code draws for policy and reference apart, so that the
+        longer response has a random log-ratio even where the two agree.
 
     References:
         Lu et al. (2024), the SamPO loss, https://arxiv.org/abs/2406.10957
@@ -396,10 +398,10 @@ def tis_weights(
 
     .. math:: w_t = k\, e^{\pm\mu \min(U, \max(L, \log\pi^+_t - \log\pi^-_t))}
 
-    Plus in the chosen response, minus in the rejected one: where the two models agree that a token
-    fits its response it weighs more. Our transcription; the formula and its constants are not
-    checked against the paper. The authors' code gives weights of its own, scaled ranks of the
-    difference of two scores.
+    Plus in the chosen response, minus in the rejected one: a token weighs more where the models
+    find that it belongs to its response. Our transcription; the formula and its constants are not
+    checked against the paper. The authors' code makes weights from the bare difference of two
+    scores, by ranks or thresholds.
 
     Args:
         token_positive: Log-probability of each token under the better model, nats.

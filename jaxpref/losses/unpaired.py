@@ -79,8 +79,7 @@ def kto(
     .. math:: \lambda_s\,\sigma(-s\beta(u - z)), \quad s = \pm 1
 
     ``s`` is +1 for a desirable example, weight ``λ_D``, and -1 for an undesirable one, weight
-    ``λ_U``. Equal to ``λ(1 - σ(sβ(u - z)))``, the form of HALOs and TRL. ``z`` is a constant, as in
-    the paper; the older ``kto_pair`` of HALOs lets a gradient through it.
+    ``λ_U``. Equal to ``λ(1 - σ(sβ(u - z)))``, the form of HALOs and TRL.
 
     Args:
         logp: Summed response log-probability under the policy, nats.
@@ -101,6 +100,10 @@ def kto(
     >>> two = kto(jnp.array([-3.0, -3.0]), jnp.array([-3.0, -3.0]), jnp.array([True, False]), 0.0)
     >>> two.tolist()
     [0.5, 0.5]
+
+    Differs:
+        ``z`` is a constant, as in the paper; the older ``kto_pair`` of HALOs takes it from the
+        other half of the same pairs and lets a gradient through it.
 
     References:
         Ethayarajh et al. (2024), the KTO loss, https://arxiv.org/abs/2402.01306
@@ -159,10 +162,8 @@ def bco(
 
     .. math:: -\log\sigma(s(\beta u - \delta)), \quad s = \pm 1
 
-    ``s`` is +1 for a desirable example and -1 for an undesirable one. The paper's ``δ`` is the mean
-    of the two classes' mean rewards; TRL keeps a running mean over all examples, the same for
-    classes of equal size: `bco_running_mean`. Where the prompts of the two classes differ, multiply
-    the undesirable losses by `bco_prompt_weight`.
+    ``s`` is +1 for a desirable example and -1 for an undesirable one. Where the prompts of the two
+    classes differ, multiply the undesirable losses by `bco_prompt_weight`.
 
     Args:
         logp: Summed response log-probability under the policy, nats.
@@ -176,6 +177,11 @@ def bco(
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
+
+    Differs:
+        The paper's ``δ`` is the mean of the two classes' mean rewards. TRL keeps a running mean
+        over all examples, the same for classes of equal size, which is `bco_running_mean`; its
+        ``bco_pair`` has none since 0.29.
 
     References:
         Jung et al. (2024), the BCO loss, https://arxiv.org/abs/2404.04656
@@ -231,8 +237,7 @@ def poft(
 
     ``a_j`` is the mean log-probability of a token under the ``j``-th aligned model, with its own
     tokens and their number. The less likely those find a target, the less it pulls:
-    ``d_w = σ(-x)/n``. Both means read response tokens; the authors' code reads all tokens of the
-    conversation for the policy and the answers' for the aligned models.
+    ``d_w = σ(-x)/n``.
 
     Args:
         logp: Summed response log-probability under the policy, nats.
@@ -244,6 +249,10 @@ def poft(
 
     Raises:
         ValueError: no models.
+
+    Differs:
+        Both means read response tokens; the authors' code reads all tokens of the conversation for
+        the policy, the answers' for the aligned models.
 
     References:
         Fan et al. (2025), Eqs. 5 to 8, https://arxiv.org/abs/2412.12865
@@ -263,8 +272,7 @@ def dco(
     .. math:: -\log\left(1 - (1 - \pi)^N\right)
 
     ``d_w = N π (1-π)^{N-1} / (1 - (1-π)^N)``: 1 while ``π`` is far below ``1/N``, as in `sft`, and
-    0 far above, where one more sample cannot fail. The authors' code has this gradient and another
-    value, ``d_w`` times the negative log-likelihood.
+    0 far above, where more confidence cannot help.
 
     Args:
         logp: ``log π``, summed over the response, nats.
@@ -279,6 +287,10 @@ def dco(
 
     >>> round(float(dco(jnp.log(jnp.array(0.5)), samples=2)), 4)  # -log(3/4)
     0.2877
+
+    Differs:
+        The authors' code has this gradient and another value, ``d_w`` times the negative
+        log-likelihood.
 
     References:
         Chen et al. (2025), the DCO loss, https://arxiv.org/abs/2502.07154
