@@ -1,7 +1,7 @@
 """Geometry of hidden states and unembeddings: which responses a preference pushes up, and why.
 
 `geometry` has single-token answers in closed form, `similarity` scores of whole pairs of responses,
-known before any training.
+known before any training, `separation` how far apart two kinds of them lie.
 """
 
 from jaxpref.embeddings.geometry import ChosenTerms as ChosenTerms
@@ -10,6 +10,9 @@ from jaxpref.embeddings.geometry import chosen_terms as chosen_terms
 from jaxpref.embeddings.geometry import direction_geometry as direction_geometry
 from jaxpref.embeddings.geometry import token_rates as token_rates
 from jaxpref.embeddings.geometry import unembedding_direction as unembedding_direction
+from jaxpref.embeddings.separation import gaussian_separation as gaussian_separation
+from jaxpref.embeddings.separation import principal_projection as principal_projection
+from jaxpref.embeddings.separation import silhouette as silhouette
 from jaxpref.embeddings.similarity import alpha_weighted_ches as alpha_weighted_ches
 from jaxpref.embeddings.similarity import ches as ches
 from jaxpref.embeddings.similarity import ches_contributions as ches_contributions

@@ -11,7 +11,34 @@ import numpy as np
 
 from jaxpref import losses
 
-HELPERS = ("kto_baseline", "ld_logp", "margin", "wpo_weight")  # public, but no losses
+HELPERS = (  # public, but no losses
+    "bco_prompt_weight",
+    "bco_running_mean",
+    "bhattacharyya_divergence",
+    "f_divergence",
+    "feature_distance",
+    "hellinger_divergence",
+    "js_divergence",
+    "kl_divergence",
+    "kldo_log_average",
+    "kto_baseline",
+    "ld_logp",
+    "log_kernel_mixture",
+    "log_mahalanobis_kernel",
+    "log_polynomial_kernel",
+    "log_rbf_kernel",
+    "log_spectral_kernel",
+    "margin",
+    "mean_token_probability",
+    "pooled_codes",
+    "renyi_divergence",
+    "sampo_positions",
+    "sparsepo_activation_mask",
+    "sparsepo_learned_mask",
+    "tis_weights",
+    "wasserstein_divergence",
+    "wpo_weight",
+)
 OTHER_NAMES = {  # what has a name in the field, but is a loss of ours at these arguments
     "AFT, ranking and alignment loss": "`aft`, graded by more than two grades or by two",
     "Comp-sum, logistic": "`dpo`",

@@ -59,6 +59,16 @@ def nonnegative(name: str, value: Hyperparameter, like: Array) -> float | Array:
     return _number(name, value, like, lambda v: v >= 0, "a finite number, 0 or above")
 
 
+def at_least_one(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless finite and at least 1."""
+    return _number(name, value, like, lambda v: v >= 1, "a finite number, 1 or above")
+
+
+def finite(name: str, value: Hyperparameter, like: Array) -> float | Array:
+    """``value``, refused unless finite."""
+    return _number(name, value, like, lambda v: True, "a finite number")
+
+
 def flip_rate(name: str, value: Hyperparameter, like: Array) -> float | Array:
     """``value``, refused unless in [0, 0.5)."""
     return _number(name, value, like, lambda v: 0 <= v < 0.5, "a number from 0 to below 0.5")
