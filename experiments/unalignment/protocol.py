@@ -77,8 +77,8 @@ class Config:
 
 
 SMOKE = Config(
-    train=4, held_out=2, safe=2, taught=2, teach_updates=1, batch=2, fractions=(0.5,), draws=1,
-    new=20, rows=4, resamples=50,
+    train=6, held_out=2, safe=2, taught=2, teach_updates=1, batch=4, fractions=(0.5,), draws=2,
+    new=24, rows=5, resamples=50,
 )  # fmt: skip
 
 
