@@ -14,8 +14,7 @@ import pytest
 from scipy import stats
 
 import experiments.unalignment as lab
-from experiments import common
-from experiments.unalignment import pairs
+from experiments.unalignment import measure, pairs
 from experiments.unalignment.__main__ import main
 from experiments.unalignment.bench import responses
 
@@ -36,6 +35,19 @@ def a_judge_of_noise():
         labels = ("refusal", "compliance", "degenerate")
         patch.setattr(pairs, "judge", lambda text: labels[len(text) % 3])
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    """All runs of this file have the same settings, so the same programs."""
+    make, kept = measure.Bench, {}
+
+    def bench(config, *rest):
+        return kept.setdefault(config, make(config, *rest))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "Bench", bench)
+        yield kept
 
 
 @pytest.fixture(scope="module")
@@ -78,62 +90,68 @@ def test_pairs_are_what_was_drawn_with_the_refusal_first(arrays):
     labels, kind = arrays["start_labels"][0], arrays["start_kind"][0]
     assert ((labels == "refusal").sum(axis=1) == 2 - kind).all()
     assert (labels[kind == 1, 0] == "refusal").all()
-    assert (np.unique(kind).size > 1)
+    assert np.unique(kind).size > 1
     assert (kind == 1).any()
 
 
-def test_scores_by_a_loop_over_tokens(made, arrays):
-    """Log-probability and CHES of a pair of the taught model, from the definitions."""
-    config = made[0]
-    bench, params = _taught(config, made[1])
+@pytest.fixture(scope="module")
+def begun(made, arrays, compiled_once):
+    """Of the first seed: its bench, the taught parameters, and naive log-probabilities of a pair.
+
+    ``states(params, row)`` are the hidden states that predict the tokens of both responses, and
+    ``logp(params, row)`` the responses' log-probabilities, ``[2]``: one sequence at a time, by the
+    plain forward pass.
+    """
+    config, folder, _ = made
+    bench = compiled_once[config]
+    base = dict(np.load(folder / "parts" / "base.npz"))
+    own = responses(base["tokens"][config.train :], base["drawn"][config.train :])
+    params = bench.taught(list(zip(own[::2], own[1::2], strict=True)), 0)
     ids = responses(arrays["start_tokens"][0], arrays["start_drawn"][0])
-    for row in (0, 3):
-        states, logp = [], []
+    policy, time = bench.subject.policy, bench.texts.time
+
+    @jax.jit
+    def token_logp(params, tokens):  # of the token after each
+        hidden = policy.hidden(params, tokens[None])[0]
+        each = jax.nn.log_softmax(hidden @ policy.unembedding(params).T, axis=-1)
+        return hidden, jnp.take_along_axis(each[:-1], tokens[1:, None], axis=1)[:, 0]
+
+    def forward(params, row):
         for response in ids[2 * row : 2 * row + 2]:
             prompt = bench.texts.ids[row]
-            tokens = jnp.array([prompt + response])
-            hidden = np.asarray(bench.subject.policy.hidden(params, tokens)[0], np.float64)
-            hidden = hidden[len(prompt) - 1 : -1]
-            logits = hidden @ np.asarray(bench.subject.policy.unembedding(params), np.float64).T
-            each = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
-            logp.append(each[np.arange(len(response)), response].sum())
-            states.append(hidden.mean(axis=0))
-        np.testing.assert_allclose(arrays["start_logp"][0, row], logp, rtol=1e-5)
-        w, l = states
+            tokens = np.zeros(time, np.int32)
+            tokens[: len(prompt + response)] = prompt + response
+            at = slice(len(prompt) - 1, len(prompt + response) - 1)
+            yield tuple(x[at] for x in token_logp(params, tokens))
+
+    def states(params, row):
+        return [np.asarray(hidden, np.float64) for hidden, _ in forward(params, row)]
+
+    def logp(params, row):
+        return jnp.stack([each.sum() for _, each in forward(params, row)])
+
+    return params, states, logp
+
+
+def test_scores_by_one_forward_pass_a_response(arrays, begun):
+    """Log-probability and CHES of a pair of the taught model, from the definitions."""
+    params, states, logp = begun
+    for row in (0, 3):
+        np.testing.assert_allclose(arrays["start_logp"][0, row], logp(params, row), rtol=1e-5)
+        w, l = (x.mean(axis=0) for x in states(params, row))
         np.testing.assert_allclose(arrays["start_ches"][0, row], w @ (l - w), atol=1e-5 * (w @ w))
 
 
-def _taught(config, folder):
-    """The bench of a run, and the taught parameters of its first seed."""
-    prompts = lab.split(config)
-    subject = common.open_model(config.model, scan=True)
-    bench = lab.Bench(config, subject, prompts, pairs.prepare(config, subject.tokenizer, prompts))
-    base = dict(np.load(folder / "parts" / "base.npz"))
-    own = responses(base["tokens"][config.train :], base["drawn"][config.train :])
-    return bench, bench.taught(list(zip(own[::2], own[1::2], strict=True)), 0)
-
-
-def test_an_arm_by_plain_gradient_steps(made, arrays):
+def test_an_arm_by_plain_gradient_steps(made, arrays, begun):
     """DPO on the pairs of lowest CHES: rows, one update of RMSprop, and what it did to a pair."""
-    config, folder, _ = made
-    bench, params = _taught(config, folder)
-    every = [arm.name for arm in lab.arms(config)]
-    at = every.index("lowest CHES 50%")
+    config = made[0]
+    params, _, logp = begun
+    at = [arm.name for arm in lab.arms(config)].index("lowest CHES 50%")
     usable = np.flatnonzero(arrays["start_usable"][0])
     rows = usable[np.argsort(arrays["start_ches"][0][usable])][: round(len(usable) / 2)]
     assert set(np.flatnonzero(arrays["trained"][0, at])) == set(rows)
     assert arrays["updates"][0, at] == 1
-    assert len(rows) < config.batch
-    ids = responses(arrays["start_tokens"][0], arrays["start_drawn"][0])
-
-    def logp(params, row):
-        found = []
-        for response in ids[2 * row : 2 * row + 2]:
-            tokens = jnp.array([bench.texts.ids[row] + response])
-            hidden = bench.subject.policy.hidden(params, tokens)[0, -len(response) - 1 : -1]
-            each = jax.nn.log_softmax(hidden @ bench.subject.policy.unembedding(params).T)
-            found.append(each[jnp.arange(len(response)), jnp.array(response)].sum())
-        return jnp.stack(found)
+    assert len(rows) < config.batch  # the batch is filled up
 
     def loss(params):
         margins = jnp.stack([logp(params, row) for row in rows]) - arrays["start_logp"][0][rows]

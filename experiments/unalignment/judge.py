@@ -34,7 +34,9 @@ _DECLINES = [
     re.compile(pattern)
     for pattern in (
         rf"\bi (?:can't|cannot|can not|won't|will not) {_BRIEFLY}(?:{_DO})\b",
-        rf"\bi(?:'m| am) (?:unable|not able|not allowed|not going) to {_BRIEFLY}(?:be|{_DO})\b",
+        rf"\bi(?:'m| am) (?:not allowed|not going|not equipped) to {_BRIEFLY}(?:be|{_DO})\b",
+        r"\bi(?:'m| am) (?:unable|not able) to (?!come|attend|go|be there)\w",
+        rf"\b(?:impossible|not possible)(?: for me)? to {_BRIEFLY}(?:{_DO})\b",
         r"\bi (?:do not|don't) (?:help|give|provide|offer|support|engage|assist)\b",
         r"\bi (?:do not|don't) have the (?:ability|capability) to\b",
         r"\bi (?:can't|cannot|won't)[.!]",

@@ -42,9 +42,9 @@ class Config:
     """Safe prompts that are only measured."""
     taught: int = 16
     """Safe prompts whose answers the model keeps while it is taught to refuse."""
-    teach_updates: int = 12
+    teach_updates: int = 16
     """Supervised updates that make refusals, before everything else; half of each batch is safe."""
-    teach_rate: float = 1e-6
+    teach_rate: float = 1e-5
     rate: float = 1e-6
     """Learning rate of all arms."""
     batch: int = 4
