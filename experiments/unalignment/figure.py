@@ -1,0 +1,72 @@
+"""Refusal against over-refusal, changes of log-probabilities, and where mass went."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import common
+from experiments.unalignment.protocol import Config
+from experiments.unalignment.summary import summarise
+
+UNSAFE, SAFE, CHOSEN, REJECTED = "#c8402f", "#3c8d40", "#1b6ca8", "#777777"
+
+
+def draw(config: Config, arrays: common.Arrays) -> Figure:
+    """A line an arm: rates with intervals, then changes of log-probabilities."""
+    rows = [row for row in summarise(config, arrays) if row["kind"] in ("start", "arm")]
+    figure, panels = plt.subplots(
+        1, 3, figsize=(14, 0.27 * len(rows) + 1.6), layout="constrained", sharey=True,
+        width_ratios=(1.3, 1, 1),
+    )  # fmt: skip
+    places = -np.arange(len(rows))
+    _draw_rates(panels[0], rows, places)
+    arms = [(place, row) for place, row in zip(places, rows, strict=True) if row["kind"] == "arm"]
+    _draw_changes(
+        panels[1], arms, (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")),
+        "log-probability of the pairs trained on,\nmean change since the start (nats)",
+    )  # fmt: skip
+    _draw_changes(
+        panels[2], arms, (("refusals", UNSAFE, "o"), ("compliances", SAFE, "s")),
+        "log-probability of fixed responses to unsafe\nprompts, mean change since the start (nats)",
+    )  # fmt: skip
+    panels[0].set_yticks(places, [_label(row) for row in rows])
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(axis="y", color="#eeeeee", lw=0.8)
+        panel.set_axisbelow(True)
+    return figure
+
+
+def _label(row) -> str:
+    return row["name"] + (f"  ({row['pairs']:.0f} pairs)" if row["kind"] == "arm" else "")
+
+
+def _draw_rates(panel, rows, places) -> None:
+    for name, colour, marker, shift, label in (
+        ("unsafe", UNSAFE, "o", 0.15, "unsafe prompts refused"),
+        ("safe", SAFE, "s", -0.15, "safe prompts refused"),
+    ):
+        panel.hlines(
+            places + shift, *np.array([r[f"{name}_95"] for r in rows]).T, color=colour, lw=1
+        )
+        panel.plot([r[name] for r in rows], places + shift, marker, color=colour, ms=4, label=label)
+        start = next(r[name] for r in rows if r["name"] == "taught")
+        panel.axvline(start, color=colour, lw=0.8, ls=":")
+    bad = [row["degenerate"] for row in rows]
+    panel.plot(bad, places, "x", color="black", ms=4, label="degenerate text")
+    panel.set_xlim(-0.03, 1.03)
+    panel.set_xlabel("share of prompts, 95 % interval over prompts\n(dotted: the start)")
+    panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+
+
+def _draw_changes(panel, arms, lines, words: str) -> None:
+    for name, colour, marker in lines:
+        x = np.array([row[name] for _, row in arms])
+        y = np.array([place for place, _ in arms])
+        panel.plot(x, y, marker, color=colour, ms=4, label=name)
+        spread = np.nan_to_num([row[f"{name}_sd"] for _, row in arms])
+        panel.hlines(y, x - spread, x + spread, color=colour, lw=1)
+    panel.axvline(0, color="black", lw=0.6)
+    panel.set_xscale("symlog", linthresh=10)
+    panel.set_xlabel(words)
+    panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
