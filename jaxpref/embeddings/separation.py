@@ -117,7 +117,7 @@ def silhouette(
         ValueError: a kind has no samples.
 
     >>> round(float(silhouette(jnp.array([[0.0], [1.0]]), jnp.array([[10.0], [10.0]]))), 4)
-    0.9444
+    0.9472
 
     References:
         Rousseeuw (1987), the silhouette, https://doi.org/10.1016/0377-0427(87)90125-7
