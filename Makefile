@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Glibc may back large arrays with huge pages: about a fifth off a training step on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint parity bench docs clean
+.PHONY: demo test lint parity parity-trl bench docs clean
 
 demo: .venv/experiments
 	$(BIN)/python -m experiments.no_vs_never --name demo --resume
@@ -20,6 +20,12 @@ lint: .venv/test
 parity: .venv/parity
 	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
 
+# Its transformers is older than the others': an environment of its own.
+parity-trl: pyproject.toml
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --editable '.[parity-trl]'
+	.venv-trl/bin/python -m pytest tests/parity_trl --override-ini=norecursedirs= --override-ini=filterwarnings=
+
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.pair_gram
@@ -32,7 +38,7 @@ docs: .venv/test
 	$(BIN)/python -m jaxpref.losses > docs/losses.md
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-trl build dist *.egg-info
 
 # One stamp a set of packages. The model is 93 MB, from the package index; nothing of its package is run.
 .venv/%: pyproject.toml

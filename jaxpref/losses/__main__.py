@@ -57,7 +57,8 @@ OTHER_NAMES = {  # what has a name in the field, but is a loss of ours at these 
 PAGE = r"""# Losses
 
 Every loss keeps its batch axes and averages nothing: pairs are `[*pairs 2] -> [*pairs]`, chosen
-first; single examples `[*examples] -> [*examples]`. Arguments are data, keywords hyperparameters.
+first; single examples `[*examples] -> [*examples]`. Token arrays are `[*pairs 2 response]`, lists
+`[*prompts responses]`. Arguments are data, keywords hyperparameters.
 
 | symbol | meaning |
 |---|---|
@@ -105,6 +106,7 @@ moves and the other stays.
 ## Differences
 
 Where the same name means something else, in a paper, in its authors' code or in other libraries.
+`make parity-trl` compares values and pulls with TRL 0.28.0, and asserts the differences it shows.
 
 %(differences)s
 

@@ -469,8 +469,8 @@ def rpo_token_mean(
 
     Differs:
         TRL means over all chosen tokens of the batch, not over each response. TRL 0.9 weighs the
-        DPO term instead; from 0.10 to 0.28 ``rpo_alpha`` is `alpha`, and tokens with id 0 are left
-        out; from 0.29 on it is ``loss_type=["sigmoid", "sft"]`` with ``loss_weights``.
+        DPO term instead; from 0.10 to 0.28 ``rpo_alpha`` is `alpha`, since 0.12 without the tokens
+        of id 0; from 0.29 on it is ``loss_type=["sigmoid", "sft"]`` with ``loss_weights``.
 
     References:
         Pang et al. (2024), Eq. 1, https://arxiv.org/abs/2404.19733
