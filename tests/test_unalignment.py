@@ -16,7 +16,7 @@ from scipy import stats
 import experiments.unalignment as lab
 from experiments.unalignment import measure, pairs
 from experiments.unalignment.__main__ import main
-from experiments.unalignment.bench import responses
+from experiments.unalignment.bench import couples
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -105,9 +105,8 @@ def begun(made, arrays, compiled_once):
     config, folder, _ = made
     bench = compiled_once[config]
     base = dict(np.load(folder / "parts" / "base.npz"))
-    own = responses(base["tokens"][config.train :], base["drawn"][config.train :])
-    params = bench.taught(list(zip(own[::2], own[1::2], strict=True)), 0)
-    ids = responses(arrays["start_tokens"][0], arrays["start_drawn"][0])
+    params = bench.taught(couples(base["tokens"], base["drawn"])[config.train :], 0)
+    said = couples(arrays["start_tokens"][0], arrays["start_drawn"][0])
     policy, time = bench.subject.policy, bench.texts.time
 
     @jax.jit
@@ -117,7 +116,7 @@ def begun(made, arrays, compiled_once):
         return hidden, jnp.take_along_axis(each[:-1], tokens[1:, None], axis=1)[:, 0]
 
     def forward(params, row):
-        for response in ids[2 * row : 2 * row + 2]:
+        for response in said[row]:
             prompt = bench.texts.ids[row]
             tokens = np.zeros(time, np.int32)
             tokens[: len(prompt + response)] = prompt + response

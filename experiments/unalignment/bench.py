@@ -92,11 +92,17 @@ class Bench:
         }
 
     def respond(
-        self, params: Any, numbers: Sequence[int], *, seed: int, temperature: float, draw: int = 0
+        self,
+        params: Any,
+        numbers: Sequence[int],
+        *,
+        draws: Sequence[int],
+        seed: int,
+        temperature: float,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A response to the prompt of each number: token ids ``[n new]``, and which are drawn.
+        """Responses to the prompts of these numbers: ids ``[n draws new]``, and which are drawn.
 
-        What a prompt gets depends on the seed, the draw and the prompt, not on the others.
+        A response depends on the seed, its draw and its prompt, not on the others.
         """
         config, ids = self.config, self.texts.ids
         time, found = self.texts.time - self.texts.response, []
@@ -104,25 +110,28 @@ class Bench:
         for row, prompt in zip(prompts, ids, strict=True):
             row[: len(prompt)] = prompt
         real = np.arange(time) < np.array([[len(prompt)] for prompt in ids])
-        key = jax.random.fold_in(jax.random.key(seed), draw)
-        for begin in range(0, len(numbers), config.rows):
-            index = np.resize(np.array(numbers[begin : begin + config.rows]), config.rows)
+        wanted = (np.array(numbers)[:, None] + len(ids) * np.array(draws)[None]).ravel()
+        for begin in range(0, len(wanted), config.rows):
+            rows = np.resize(wanted[begin : begin + config.rows], config.rows)
+            index = rows % len(ids)
             drawn = sample(
                 self.subject.policy, params, prompts[index], real[index], max_new=config.new,
-                key=key, temperature=temperature, stop_ids=self.texts.end, rows=index,
+                key=jax.random.key(seed), temperature=temperature, stop_ids=self.texts.end,
+                rows=rows,
             )  # fmt: skip
             found.append((np.asarray(drawn.tokens), np.asarray(drawn.is_token)))
-        tokens, drawn = (np.concatenate(x)[: len(numbers)] for x in zip(*found, strict=True))
-        return tokens, drawn
+        tokens, drawn = (np.concatenate(x)[: len(wanted)] for x in zip(*found, strict=True))
+        shape = len(numbers), len(draws), config.new
+        return tokens.reshape(shape), drawn.reshape(shape)
 
     def said(self, params: Any, seed: int) -> np.ndarray:
         """What the model says to all prompts but those taught, as texts, ``[prompts]``."""
         count = len(self.texts.ids) - len(self.prompts.taught)
         # The same randomness for all parameters: they differ by what they learned alone.
         tokens, drawn = self.respond(
-            params, range(count), seed=seed, temperature=self.config.temperature
+            params, range(count), draws=(0,), seed=seed, temperature=self.config.temperature
         )
-        return self.decoded(tokens, drawn)
+        return self.decoded(tokens, drawn)[:, 0]
 
     def decoded(self, tokens: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """Texts of responses ``[... new]``, without what ends them."""
@@ -139,11 +148,11 @@ class Bench:
         for number in tqdm(range(updates), f"training, {loss}", unit="update", leave=False):
             each = pairs.batch(self.config, rows, some(number), seed, number, loss)
             state, metrics, _ = self.step(state, each)
-            if not np.isfinite(metrics["loss"]):
+            if not np.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise ValueError(f"rate: got {rate:g}, and {loss} is not finite; expected less")
         return state.params
 
-    def taught(self, own: Sequence[Sequence[Ids]], seed: int) -> Any:
+    def taught(self, own: Sequence[tuple[Ids, Ids]], seed: int) -> Any:
         """Parameters of a model that learned to refuse, and to go on answering what is safe."""
         rows = pairs.teaching(self.texts, self.prompts, own)
         first, half = len(self.prompts.train), self.config.batch // 2
@@ -164,3 +173,9 @@ def responses(tokens: np.ndarray, drawn: np.ndarray) -> list[Ids]:
     new = tokens.shape[-1]
     flat = zip(tokens.reshape(-1, new), drawn.reshape(-1, new), strict=True)
     return [ids[real].tolist() for ids, real in flat]
+
+
+def couples(tokens: np.ndarray, drawn: np.ndarray) -> list[tuple[Ids, Ids]]:
+    """Token ids of the two responses of each row of ``[n 2 new]``."""
+    ids = responses(tokens, drawn)
+    return list(zip(ids[::2], ids[1::2], strict=True))

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from experiments import common
 from experiments.unalignment import pairs
-from experiments.unalignment.bench import Bench, responses
+from experiments.unalignment.bench import Bench, couples
 from experiments.unalignment.pairs import Rows
 from experiments.unalignment.protocol import Arm, Config, arms, split
 
@@ -19,18 +19,14 @@ def measure_base(bench: Bench) -> dict[str, Any]:
     total = len(bench.texts.ids)
     answered = [*range(len(bench.prompts.train)), *range(total - len(bench.prompts.taught), total)]
     params = bench.subject.params
-    found = [bench.respond(params, answered, seed=0, temperature=1.0, draw=1 + i) for i in (0, 1)]
-    tokens, drawn = (np.stack(x, axis=1) for x in zip(*found, strict=True))
+    tokens, drawn = bench.respond(params, answered, draws=(1, 2), seed=0, temperature=1.0)
     return {"texts": bench.said(params, 0), "tokens": tokens, "drawn": drawn}
 
 
 def measure_start(bench: Bench, params: Any, base: common.Arrays, seed: int) -> dict[str, Any]:
     """The taught model: what it says, its pairs (chosen first), and their log-probabilities."""
     train = len(bench.prompts.train)
-    found = [
-        bench.respond(params, range(train), seed=seed, temperature=1.0, draw=1 + i) for i in (0, 1)
-    ]
-    tokens, drawn = (np.stack(x, axis=1) for x in zip(*found, strict=True))
+    tokens, drawn = bench.respond(params, range(train), draws=(1, 2), seed=seed, temperature=1.0)
     labels = pairs.judged(bench.decoded(tokens, drawn))
     chosen = pairs.preferred(labels.tolist(), seed)
     order = np.stack([chosen, 1 - chosen], axis=1)
@@ -78,17 +74,14 @@ def measure_arm(
 
 
 def _pairs(bench: Bench, start: common.Arrays) -> Rows:
-    ids = responses(start["tokens"], start["drawn"])
-    rows = pairs.collate(
-        bench.texts, range(len(start["kind"])), list(zip(ids[::2], ids[1::2], strict=True))
-    )
+    said = couples(start["tokens"], start["drawn"])
+    rows = pairs.collate(bench.texts, range(len(said)), said)
     return rows._replace(reference=start["logp"]) if "logp" in start else rows
 
 
 def _gold(bench: Bench, start: common.Arrays, base: common.Arrays) -> Rows:
-    ids, train = responses(start["tokens"], start["drawn"]), len(start["kind"])
-    own = responses(base["tokens"][:train, 0], base["drawn"][:train, 0])
-    drawn = list(zip(ids[::2], ids[1::2], strict=True))
+    drawn = couples(start["tokens"], start["drawn"])
+    own = [first for first, _ in couples(base["tokens"], base["drawn"])]
     rows = pairs.gold(bench.texts, drawn, start["labels"], own)
     return rows._replace(reference=start["gold"]) if "gold" in start else rows
 
@@ -110,9 +103,8 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
 
     @functools.lru_cache(maxsize=1)  # one seed's parameters at a time
     def taught(seed: int) -> Any:
-        train = len(prompts.train)
-        own = responses(base["tokens"][train:], base["drawn"][train:])
-        return bench.taught(list(zip(own[::2], own[1::2], strict=True)), seed)
+        own = couples(base["tokens"], base["drawn"])
+        return bench.taught(own[len(prompts.train) :], seed)
 
     starts, parts = [], []
     for seed in range(config.seeds):
