@@ -70,7 +70,7 @@ def pool(config: Config, seed: int, loaded: Loaded, run: Programs) -> dict[str, 
         found |= score_pairs(loaded.subject.policy, loaded.subject.params, pairs, columns=columns)
     return {
         "pool": rows,
-        "lengths": loaded.problem.batch.is_response[rows].sum(axis=2),
+        "lengths": np.asarray(loaded.problem.batch.is_response)[rows].sum(axis=2),
         "scores": np.stack([found[name] for name in config.scores]),
         "start": look(config, run, loaded.problem, loaded.subject.params, rows),
     }

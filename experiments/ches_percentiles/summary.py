@@ -70,7 +70,7 @@ def correlations(config: Config, found: Mapping[str, np.ndarray]) -> dict[str, A
 
 def falls(means: np.ndarray) -> np.ndarray:
     """Whether the last axis falls at every step."""
-    return (np.diff(means, axis=-1) < 0).all(axis=-1)
+    return np.asarray((np.diff(means, axis=-1) < 0).all(axis=-1))
 
 
 def courses(config: Config, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
