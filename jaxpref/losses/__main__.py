@@ -158,8 +158,9 @@ Not losses, but made for them:
 
 1. Write the function in the file of its kind, formula and source in its docstring as in the others.
 2. Name it in `jaxpref/losses/__init__.py`.
-3. Add its row to the table in `tests/test_losses.py`: a point, its value and both pulls by hand.
-4. `make docs` prints this page anew.
+3. Add its rows to the table in `tests/loss_points.py`: value and both pulls at two points, by hand.
+4. `make docs` prints this page anew; an input that no loss had before gets a value in
+   `jaxpref/losses/__main__.py`.
 5. `make test` says which of these was forgotten.
 """
 

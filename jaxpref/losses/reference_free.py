@@ -304,8 +304,8 @@ def mapo(
         \quad \phi = \frac{-a e^{a}}{1 - e^{a}}
 
     Our transcription: the published code is for diffusion models, with a scaled squared error in
-    place of ``-a``. ``φ`` is the negative log-odds-like reward ``-p log p / (1 - p)`` of the mean
-    probability, from 0 for an impossible response to 1 for a certain one.
+    place of ``-a``. ``φ`` is ``-p log p / (1 - p)`` of the mean probability ``p``, from 0 for an
+    impossible response to 1 for a certain one.
 
     Args:
         logp: Summed response log-probabilities under the policy, nats.
