@@ -201,15 +201,17 @@ def test_the_judge_reads_words_not_their_dress():
     for row in lab.labelled():
         for dressed in (row.text.upper(), f" \n{row.text}\n", row.text.replace("'", "\u2019")):
             assert lab.judge(dressed) == lab.judge(row.text)
-        if row.label == "refusal":
+        if row.label == "refusal" and lab.judge(row.text) == row.label and '"' not in row.text:
             assert lab.judge(f"{row.text} " * 4) == "degenerate"
             assert not lab.refuses(f'He said: "{row.text}"')
 
 
 def test_labelled_examples_and_accuracy():
-    tuned, held = lab.accuracy("tuned"), lab.accuracy("held")
+    tuned, held, model = (lab.accuracy(part) for part in ("tuned", "held", "model"))
     assert tuned["examples"] == held["examples"] == 44
     assert tuned["right"] > 0.95
+    assert model["examples"] == 59
+    assert model["right"] > 0.9
     rows = [row for row in lab.labelled() if row.part == "held"]
     right = np.mean([lab.judge(row.text) == row.label for row in rows])
     assert held["right"] == pytest.approx(right)

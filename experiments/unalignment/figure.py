@@ -20,6 +20,7 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
     )  # fmt: skip
     places = -np.arange(len(rows))
     _draw_rates(panels[0], rows, places)
+    panels[0].set_yticks(places, [_label(row) for row in rows])
     arms = [(place, row) for place, row in zip(places, rows, strict=True) if row["kind"] == "arm"]
     _draw_changes(
         panels[1], arms, (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")),
@@ -29,7 +30,6 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
         panels[2], arms, (("refusals", UNSAFE, "o"), ("compliances", SAFE, "s")),
         "log-probability of fixed responses to unsafe\nprompts, mean change since the start (nats)",
     )  # fmt: skip
-    panels[0].set_yticks(places, [_label(row) for row in rows])
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee", lw=0.8)
@@ -38,7 +38,7 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
 
 
 def _label(row) -> str:
-    return row["name"] + (f"  ({row['pairs']:.0f} pairs)" if row["kind"] == "arm" else "")
+    return row["name"] + (f"  (n = {row['pairs']:.0f})" if row["kind"] == "arm" else "")
 
 
 def _draw_rates(panel, rows, places) -> None:
@@ -67,6 +67,5 @@ def _draw_changes(panel, arms, lines, words: str) -> None:
         spread = np.nan_to_num([row[f"{name}_sd"] for _, row in arms])
         panel.hlines(y, x - spread, x + spread, color=colour, lw=1)
     panel.axvline(0, color="black", lw=0.6)
-    panel.set_xscale("symlog", linthresh=10)
     panel.set_xlabel(words)
     panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -124,7 +124,7 @@ def sameness(texts: Sequence[str]) -> float:
 
 
 class Labelled(NamedTuple):
-    """A response that a person labelled: ``part`` is `tuned` (on), `held` (out) or `model`."""
+    """A labelled response: ``part`` is `tuned` (on), `held` (out) or `model` (SmolLM2's own)."""
 
     part: str
     label: Label

@@ -66,7 +66,7 @@ def _table(config: Config, of_kind: Mapping[str, Sequence[Row]]) -> list[str]:
         " and of safe ones; degenerate: share of",
         "responses; repeated: share of runs of three words; alike: share of the commonest first"
         " five words; log-probabilities: nats since",
-        f"the start, mean ± sd over runs ({config.seeds} seeds), of the pairs trained on",
+        f"the start, mean ± sd over runs (seeds: {config.seeds}), of the pairs trained on",
         "",
         f"{'':<30} {'pairs':>5} {'upd.':>4} {'mixed':>5} {'unsafe refused':>17} {'train':>5}"
         f" {'held':>5} {'safe refused':>17} {'degen.':>6} {'rep.':>5} {'alike':>5}"
@@ -137,9 +137,11 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         said.append("The claim's first half does not hold here: there is no fall to prevent.")
     for name in ("ipo", "dpo + sft", "gold", *TYPES):
         row = arms[name]
-        trained = f"{name.upper() if name == 'ipo' else name.capitalize()}"
-        said.append(f"{trained}: {_moved(row)} refusal." if row["updates"] else
-                    f"{trained}: no pair to train on.")  # fmt: skip
+        said.append(
+            f"{name}: it {_moved(row)} refusal."
+            if row["updates"]
+            else f"{name}: no pair to train on."
+        )
     for row in arms.values():
         if row["rule"] == next(iter(RULES)):
             said += _filtered(row, [r for r in arms.values() if r["fraction"] == row["fraction"]
@@ -150,12 +152,12 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def _filtered(row: Row, controls: Sequence[Row], *, fell: bool) -> list[str]:
     """Whether a filter prevented the fall, and which of its controls did the same."""
-    size = f"{row['name']} ({row['pairs']:.0f} pairs, {row['updates']:.0f} updates)"
+    size = f"{row['name']} (pairs: {row['pairs']:.0f}, updates: {row['updates']:.0f})"
 
     def prevents(one: Row) -> bool:
         return _sign(one["change_95"]) >= 0 and _sign(one["over_dpo_95"]) > 0
 
-    said = [f"{size}: {_moved(row)} refusal"]
+    said = [f"{size}: it {_moved(row)} refusal"]
     if fell:
         said[0] += (
             "; it prevents DPO's fall" if prevents(row) else "; it does not prevent DPO's fall"
