@@ -12,8 +12,8 @@ from jaxpref.models import pretrained
 
 SCORES = {  # larger: a fall of the chosen response is expected
     "ches": "CHES",
-    "ches_length_normalised": "CHES, length-normalised",
-    "alpha_weighted_ches": "CHES, alpha-weighted",
+    "ches_length_normalised": "length-normalised CHES",
+    "alpha_weighted_ches": "alpha-weighted CHES",
     "displacement_rate": "exact rate",
     "last_hidden_similarity": "last hidden states",
     "edit_similarity": "edit similarity",

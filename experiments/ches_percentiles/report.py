@@ -14,7 +14,7 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
     """The tables, and in words what the percentiles of each score did."""
     out = rows[0]["left_out"]
     lines = [
-        f"{config.seeds} pools of {config.pairs} pairs, subsets of {config.subset}; left out of the"
+        f"pools: {config.seeds} of {config.pairs} pairs, subsets of {config.subset}; left out of the"
         f" data: {out['unusable']} rows without two different responses, {out['too_long']} pairs"
         f" longer than {config.limit} tokens",
         "",
@@ -56,20 +56,21 @@ def _correlation_table(loss: str, told: str, rows: Sequence[tuple[str, Any]]) ->
         f"{loss}, Spearman of score and change over pairs of {told} ({rows[0][1]['pairs']} pairs in"
         " the first row); -1 if the score orders falls",
         f"{'score':<24} {'with length':>11}  {'change':<6} {'Spearman (95 %)':>24}"
-        f" {'given length difference':>24} {'given chosen length':>20} {'in bins':>8}",
+        f" {'given length difference':>24} {'given chosen length':>24} {'in bins':>8}",
     ]
     for name, row in rows:
-        for unit, label in (("sum", "sum"), ("token", "token")):
-            found = row[unit]
-            rest = [
-                f"{x:+.2f}" if x == x else "-" for x in (found["given_chosen"], found["matched"])
+        for unit in ("sum", "token"):
+            found, first = row[unit], unit == "sum"
+            cells = [
+                _interval(found[key], found[f"{key}_95"])
+                for key in ("spearman", "given_difference", "given_chosen")
             ]
+            matched = f"{found['matched']:+.2f}" if found["matched"] == found["matched"] else "-"
             lines.append(
-                f"{SCORES[name] if unit == 'sum' else '':<24}"
-                f" {format(row['difference'], '+.2f') if unit == 'sum' else '':>11}  {label:<6}"
-                f" {_interval(found['spearman'], found['spearman_95']):>24}"
-                f" {_interval(found['given_difference'], found['given_difference_95']):>24}"
-                f" {rest[0]:>20} {rest[1]:>8}"
+                f"{SCORES[name] if first else '':<24}"
+                f" {format(row['difference'], '+.2f') if first else '':>11}  {unit:<6}"
+                + "".join(f" {cell:>24}" for cell in cells)
+                + f" {matched:>8}"
             )
     return lines
 
@@ -89,12 +90,12 @@ def _verdict(config: Config, loss: str, rows: Sequence[Mapping[str, Any]]) -> li
     strict = [SCORES[n] for n, row in by.items() if row["sum"]["falls"] and n != "ches"]
     words.append(f"  Other scores whose means fall at every step: {', '.join(strict) or 'none'}.")
     for unit, told in (("sum", "the sum"), ("token", "the change a token")):
-        good = [n for n, row in by.items() if row["all"][unit]["spearman_95"][1] < 0]
-        left = [n for n in good if _left(by[n]["all"][unit])]
-        names = ", ".join(SCORES[n] for n in good) or "none"
+        alone = rows[0]["all"][unit]["chosen_alone"]
         words.append(
-            f"  Scores that order {told} better than chance over the pairs of all subsets: {names};"
-            f" at equal length difference still: {', '.join(SCORES[n] for n in left) or 'none'}."
+            f"  Scores that order {told} better than chance over the pairs of all subsets:"
+            f" {_below(by, unit, 'spearman')}; at equal length difference:"
+            f" {_below(by, unit, 'given_difference')}; at equal chosen length:"
+            f" {_below(by, unit, 'given_chosen')}. The chosen length alone: {alone:+.2f}."
         )
     if ches := by.get("ches"):
         words += _after_length(ches)
@@ -126,7 +127,7 @@ def _after_length(ches: Mapping[str, Any]) -> list[str]:
         said = "nothing is left that chance would not do"
         if found["spearman_95"][1] >= 0:
             said = "it did not order them to begin with"
-        elif _left(found):
+        elif found["given_difference_95"][1] < 0:
             said = "something is left"
         before = _interval(found["spearman"], found["spearman_95"])
         after = _interval(found["given_difference"], found["given_difference_95"])
@@ -134,6 +135,7 @@ def _after_length(ches: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _left(found: Mapping[str, Any]) -> bool:
-    """Whether the score orders falls when the length difference is held constant."""
-    return found["given_difference_95"][1] < 0
+def _below(by: Mapping[str, Mapping[str, Any]], unit: str, key: str) -> str:
+    """The scores whose interval is below zero."""
+    names = [SCORES[n] for n, row in by.items() if row["all"][unit][f"{key}_95"][1] < 0]
+    return ", ".join(names) or "none"

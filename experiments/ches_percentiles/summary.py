@@ -50,21 +50,21 @@ def points(config: Config, arrays: Mapping[str, np.ndarray], loss: str, score: s
 
 
 def correlations(config: Config, found: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Of score and change over pairs, before and after length is held constant."""
-    score, difference, chosen = (found[name] for name in ("score", "difference", "chosen"))
+    """Of score and change over pairs, before and after a length is held constant."""
+    score, difference = found["score"], found["difference"]
     row: dict[str, Any] = {"pairs": len(score), "difference": float(spearman(score, difference))}
     for unit in UNITS:
         change = found[unit]
         row[unit] = {
             "spearman": float(spearman(score, change)),
             "spearman_95": interval(spearman, (score, change), config.resamples),
-            "given_difference": float(partial_spearman(score, change, difference)),
-            "given_difference_95": interval(
-                partial_spearman, (score, change, difference), config.resamples
-            ),
-            "given_chosen": float(partial_spearman(score, change, chosen)),
             "matched": matched_spearman(score, change, difference),
+            "chosen_alone": float(spearman(found["chosen"], change)),
         }
+        for name in ("difference", "chosen"):
+            columns = score, change, found[name]
+            row[unit][f"given_{name}"] = float(partial_spearman(*columns))
+            row[unit][f"given_{name}_95"] = interval(partial_spearman, columns, config.resamples)
     return row
 
 
