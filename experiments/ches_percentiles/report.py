@@ -14,8 +14,8 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
     """The tables, and in words what the percentiles of each score did."""
     out = rows[0]["left_out"]
     lines = [
-        f"pools: {config.seeds} of {config.pairs} pairs, subsets of {config.subset}; left out of the"
-        f" data: {out['unusable']} rows without two different responses, {out['too_long']} pairs"
+        f"pools: {config.seeds} of {config.pairs} pairs, subsets of {config.subset}; left out of"
+        f" the data: {out['unusable']} rows without two different responses, {out['too_long']} pairs"
         f" longer than {config.limit} tokens",
         "",
     ]
