@@ -15,8 +15,8 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
     out = rows[0]["left_out"]
     lines = [
         f"pools: {config.seeds} of {config.pairs} pairs, subsets of {config.subset}; left out of"
-        f" the data: {out['unusable']} rows without two different responses, {out['too_long']} pairs"
-        f" longer than {config.limit} tokens",
+        f" the data: {out['unusable']} rows without two different responses, {out['too_long']}"
+        f" pairs longer than {config.limit} tokens",
         "",
     ]
     words = []
