@@ -386,6 +386,12 @@ def test_confpo_keeps_the_tokens_below_the_mean_probability(key):
     np.testing.assert_allclose(found, np.log1p(np.exp(-x)), rtol=1e-12)
 
 
+def test_confpo_compares_tokens_whose_probabilities_underflow():
+    logp = jnp.array([[-200.0, -300.0], [-1.0, -2.0]], jnp.float32)
+    found = losses.confpo(logp, jnp.ones((2, 2), bool))
+    np.testing.assert_allclose(found, 1.5 * (300 - 2) + 1.6, rtol=1e-6)
+
+
 def test_confpo_drops_pairs_with_a_response_of_equal_tokens():
     logp = jnp.array([[[-1.0, -2.0], [-3.0, -3.0]], [[-1.0, 0.0], [-1.0, -2.0]]])
     scored = jnp.array([[[True, True], [True, True]], [[True, False], [True, True]]])
