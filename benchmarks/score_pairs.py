@@ -7,7 +7,7 @@ of HH-RLHF (log-normal), tokens at random. Each way has a process of its own on 
 process, and their turns alternate. A comparison is void unless all scores agree.
 
 Run:     python -m benchmarks.score_pairs
-Takes:   10 minutes on 2 cores, 4 GB of memory
+Takes:   12 minutes on 2 cores, 4 GB of memory
 Prints:  a table, and as last line one JSON object
 """
 
