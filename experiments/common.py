@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -284,3 +285,12 @@ def command(
     run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
     print(report(settings, rows))
     print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+
+
+def command_of(lab: ModuleType) -> None:
+    """`command` of an experiment that is a folder, from what its package exports."""
+    optional = {"metrics": lab.metrics} if hasattr(lab, "metrics") else {}
+    command(
+        lab.__name__.rpartition(".")[2], lab.Config, description=lab.__doc__, hashes=lab.hashes,
+        run=lab.run, summarise=lab.summarise, report=lab.report, draw=lab.draw, **optional,
+    )  # fmt: skip

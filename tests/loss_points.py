@@ -44,23 +44,28 @@ def of_pairs(name):
     return loss
 
 
+def read(name, data, dtype):
+    """What a loss reads of `data`, float64 in another dtype."""
+    names = inspect.signature(getattr(losses, name)).parameters
+    return {
+        k: v.astype(dtype) if v.dtype == jnp.float64 else v for k, v in data.items() if k in names
+    }
+
+
 def bound(name, *, dtype=jnp.float64, **arguments):
     """The loss as a function of `logp`: what it reads of DATA, unless given here."""
-    loss = getattr(losses, name)
-    read = {k: v for k, v in DATA.items() if k in inspect.signature(loss).parameters}
-    read = {k: v.astype(dtype) if v.dtype == jnp.float64 else v for k, v in read.items()}
-    return functools.partial(of_pairs(name), **{**read, **arguments})
+    return functools.partial(of_pairs(name), **{**read(name, DATA, dtype), **arguments})
 
 
 class Point(typing.NamedTuple):
-    """A loss somewhere. For single examples, of the mean over the two."""
+    """A loss somewhere. Of single examples the mean over the two, of tokens a derivative each."""
 
     name: str
     arguments: dict
     logp: jax.Array
     value: float
-    d_w: float  # -dl/dlogp_w
-    d_l: float  # +dl/dlogp_l
+    d_w: typing.Any  # -dl/dlogp_w
+    d_l: typing.Any  # +dl/dlogp_l
 
 
 # Computed from the papers' formulas in 40 digits, with numerical derivatives, outside this library.

@@ -1,36 +1,23 @@
 """DPO-Kernels: its losses, kernels and divergences."""
 
 import functools
-import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from loss_points import LENGTHS, A, B, Point
 
 from jaxpref import losses
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-LENGTHS = jnp.array([9.0, 12.0])
-A, B = jnp.array([-12.3, -15.1]), jnp.array([-13.5, -12.9])
 LOG_KERNEL, DIVERGENCE = jnp.array([-0.4, -2.1]), jnp.array([0.8, 1.7])
 DATA = {
     "dpo_kernels": (LENGTHS, LOG_KERNEL, DIVERGENCE),
     "dpo_kernels_linear": (LOG_KERNEL, jnp.array(0.9)),
 }
-
-
-class Point(typing.NamedTuple):
-    """A loss somewhere."""
-
-    name: str
-    arguments: dict
-    logp: jax.Array
-    value: float
-    d_w: float  # -dl/dlogp_w
-    d_l: float  # +dl/dlogp_l
 
 
 # Computed from the formulas in 40 digits, with numerical derivatives, outside this library.

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import itertools
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,12 @@ import jaxtyping
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from loss_points import LENGTHS, REFERENCE, A, B, Point, read
 
 from jaxpref import logprobs, losses
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-REFERENCE, LENGTHS = jnp.array([-13.0, -14.2]), jnp.array([9.0, 12.0])
-A = jnp.array([-12.3, -15.1])  # log-ratios 0.7 and -0.9: margin 1.6
-B = jnp.array([-13.5, -12.9])  # log-ratios -0.5 and 1.3: margin -1.8
 NAN = float("nan")
 # Three tokens and two; the NaN stand where nothing may be read.
 TOKENS = jnp.array([[-1.2, -0.7, -2.0], [-0.9, -3.1, NAN]])
@@ -41,21 +38,8 @@ REAL = DATA["is_target"]
 
 def bound(name, *, dtype=jnp.float64, **arguments):
     """The loss as a function of its log-probabilities: what it reads of DATA, unless given here."""
-    loss = getattr(losses, name)
-    read = {k: v for k, v in DATA.items() if k in inspect.signature(loss).parameters}
-    read = {k: v.astype(dtype) if v.dtype == jnp.float64 else v for k, v in read.items()}
-    return functools.partial(loss, **{**read, **arguments})
-
-
-class Point(typing.NamedTuple):
-    """A loss somewhere; of losses of tokens, one derivative a token."""
-
-    name: str
-    arguments: dict
-    logp: jax.Array
-    value: float
-    d_w: typing.Any  # -dl/dlogp_w
-    d_l: typing.Any  # +dl/dlogp_l
+    data = read(name, DATA, dtype)
+    return functools.partial(getattr(losses, name), **{**data, **arguments})
 
 
 HALF = {"beta": 0.5}

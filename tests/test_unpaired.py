@@ -2,21 +2,18 @@
 
 import functools
 import inspect
-import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from loss_points import LENGTHS, REFERENCE, A, B, Point, read
 
 from jaxpref import losses
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
-REFERENCE, LENGTHS = jnp.array([-13.0, -14.2]), jnp.array([9.0, 12.0])
-A = jnp.array([-12.3, -15.1])  # log-ratios 0.7 and -0.9
-B = jnp.array([-13.5, -12.9])  # log-ratios -0.5 and 1.3
 P = jnp.array([0.62, 0.17])  # what the losses of FLAT read
 DATA = {
     "reference": REFERENCE,
@@ -36,21 +33,8 @@ FIVE = {
 
 def bound(name, *, dtype=jnp.float64, **arguments):
     """The loss as a function of its first argument: what it reads of DATA, unless given here."""
-    loss = getattr(losses, name)
-    read = {k: v for k, v in DATA.items() if k in inspect.signature(loss).parameters}
-    read = {k: v.astype(dtype) if v.dtype == jnp.float64 else v for k, v in read.items()}
-    return functools.partial(loss, **{**read, **arguments})
-
-
-class Point(typing.NamedTuple):
-    """A loss somewhere. For single examples, of the mean over the two."""
-
-    name: str
-    arguments: dict
-    logp: jax.Array
-    value: float
-    d_w: float  # -dl/dlogp_w
-    d_l: float  # +dl/dlogp_l
+    data = read(name, DATA, dtype)
+    return functools.partial(getattr(losses, name), **{**data, **arguments})
 
 
 # Computed from the papers' formulas in 40 digits, with numerical derivatives, outside this library.

@@ -6,16 +6,7 @@ from experiments import common
 
 def main() -> None:
     """The command line."""
-    common.command(
-        "mitigations",
-        lab.Config,
-        description=lab.__doc__,
-        hashes=lab.hashes,
-        run=lab.run,
-        summarise=lab.summarise,
-        report=lab.report,
-        draw=lab.draw,
-    )
+    common.command_of(lab)
 
 
 if __name__ == "__main__":

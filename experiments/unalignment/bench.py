@@ -16,6 +16,7 @@ from experiments.unalignment import pairs
 from experiments.unalignment.pairs import Ids, Rows, Texts
 from experiments.unalignment.protocol import Config, Prompts
 from jaxpref import embeddings, logprobs, losses
+from jaxpref.data import batches
 from jaxpref.logprobs.responses import summed
 from jaxpref.models.sampling import sample
 from jaxpref.training.optimizers import torch_rmsprop
@@ -159,7 +160,7 @@ class Bench:
         sides = np.arange(first), np.arange(first, len(rows.tokens))
 
         def some(number: int) -> np.ndarray:
-            picked = [side[pairs.batches.order(len(side), half, seed, number)] for side in sides]
+            picked = [side[batches.order(len(side), half, seed, number)] for side in sides]
             return np.concatenate(picked)
 
         return self.train(
