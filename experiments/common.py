@@ -40,6 +40,20 @@ SMALL: dict[str, Any] = {
 }
 
 
+def at_least(least: float, config: Any, *names: str) -> None:
+    """Raises if one of these fields of a configuration is smaller."""
+    for name in names:
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"{name}: got {value}, expected at least {least}")
+
+
+def above(bound: float, config: Any, *names: str) -> None:
+    """Raises if one of these fields is not larger; None passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > bound:
+            raise ValueError(f"{name}: got {value}, expected above {bound}")
+
+
 class Subject(NamedTuple):
     """A model to look at."""
 

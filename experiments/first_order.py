@@ -98,9 +98,7 @@ def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    for name in ("pairs", "steps", "seeds"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    common.at_least(1, config, "pairs", "steps", "seeds")
     counts = {len(rates_of(config, name)) for name in config.optimizers}
     if len(counts) != 1:
         raise ValueError(f"rates: got {sorted(counts)} learning rates, expected as many for each")

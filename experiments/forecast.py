@@ -85,9 +85,7 @@ SMOKE = Config(pairs=4, alone=(1, 2), together=(1, 2), batch=2, resamples=50)
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    for name in ("pairs", "batch", "seeds", "resamples"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    common.at_least(1, config, "pairs", "batch", "seeds", "resamples")
     for name in PROTOCOLS:
         if min(getattr(config, name), default=0) < 1:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected numbers of updates")

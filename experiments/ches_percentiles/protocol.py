@@ -70,9 +70,7 @@ class Loaded(NamedTuple):
 
 
 def _check(config: Config) -> None:
-    for name in ("pairs", "subset", "batch", "seeds", "limit", "resamples"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    common.at_least(1, config, "pairs", "subset", "batch", "seeds", "limit", "resamples")
     for name in ("rate", "beta", "tau"):
         if not 0 < (value := getattr(config, name)) < float("inf"):
             raise ValueError(f"{name}: got {value}, expected a number above 0")

@@ -92,14 +92,9 @@ def look_steps(config: Config) -> list[int]:
 
 
 def _check(config: Config) -> None:
-    for name in ("steps", "batch", "looks", "pairs", "held_out", "probes", "seeds"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    for name in ("rate", "supervised_rate", "margin"):
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise ValueError(f"{name}: got {value}, expected above 0")
-    if config.supervised < 0:
-        raise ValueError(f"supervised: got {config.supervised}, expected at least 0")
+    common.at_least(1, config, "steps", "batch", "looks", "pairs", "held_out", "probes", "seeds")
+    common.above(0, config, "rate", "supervised_rate", "margin")
+    common.at_least(0, config, "supervised")
     for name in ("batch", "probes"):
         if (value := getattr(config, name)) > config.pairs:
             raise ValueError(f"{name}: got {value}, expected at most the {config.pairs} pairs")

@@ -18,9 +18,7 @@ from jaxpref.training import mitigations
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    for name in ("pairs", "batch", "updates", "every", "seeds"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    common.at_least(1, config, "pairs", "batch", "updates", "every", "seeds")
     known = (*pull_methods(config), *MASKS)
     for method in config.methods:
         if method not in known:

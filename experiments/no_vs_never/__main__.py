@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 import experiments.no_vs_never as lab
+from experiments import common
 from experiments.no_vs_never.measure import prompt_rows
 from experiments.no_vs_never.protocol import (
     Config,
@@ -27,9 +28,7 @@ from jaxpref.models import pretrained
 def _validate(config: Config) -> None:
     """Every error that the settings can have, before any time is spent."""
     tokenizer = tokenizer_of(config)
-    for name in ("prompts", "updates", "sft_batch"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    common.at_least(1, config, "prompts", "updates", "sft_batch")
     for name in ("beta", "tau", *("learning_rates", "sft_learning_rate")):
         for value in np.atleast_1d(getattr(config, name)):
             if not value > 0:

@@ -81,11 +81,8 @@ def looks(config: Config) -> list[int]:
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model, and the pairs of all sets and seeds as one array; raises for bad settings."""
-    for name in ("updates", "every", "batch", "pairs", "probes", "seeds"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if config.supervised < 0:
-        raise ValueError(f"supervised: got {config.supervised}, expected at least 0")
+    common.at_least(1, config, "updates", "every", "batch", "pairs", "probes", "seeds")
+    common.at_least(0, config, "supervised")
     if config.batch > config.pairs:
         raise ValueError(f"batch: got {config.batch}, expected at most pairs={config.pairs}")
     if not sets_of(config) or not config.train:

@@ -120,15 +120,11 @@ def split(config: Config) -> Prompts:
 
 
 def _check(config: Config) -> None:
-    for name in ("train", "held_out", "safe", "epochs", "draws", "seeds", "new", "rows"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    for name in ("rate", "teach_rate", "beta", "tau"):
-        if not (value := getattr(config, name)) > 0:
-            raise ValueError(f"{name}: got {value}, expected above 0")
-    for name in ("teach_updates", "temperature", "sft_weight"):
-        if (value := getattr(config, name)) < 0:
-            raise ValueError(f"{name}: got {value}, expected at least 0")
+    common.at_least(
+        1, config, "train", "held_out", "safe", "epochs", "draws", "seeds", "new", "rows"
+    )
+    common.above(0, config, "rate", "teach_rate", "beta", "tau")
+    common.at_least(0, config, "teach_updates", "temperature", "sft_weight")
     half, odd = divmod(config.batch, 2)
     if odd or not 1 <= half <= min(config.train, config.taught):
         raise ValueError(
