@@ -17,11 +17,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 BETA, LEARNING_RATE = 0.1, 1e-5
-Model = Literal["smollm2", "tiny"]
+Model = Literal["smollm2", "small", "tiny"]
 Optimizer = Literal["adamw", "sgd"]
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": dict(
         vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_width=64, mlp_width=1536
+    ),
+    # that of the experiments' `--model small`
+    "small": dict(
+        vocab=49152, width=128, layers=4, heads=4, kv_heads=4, head_width=32, mlp_width=384
     ),
     "tiny": dict(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48),
 }

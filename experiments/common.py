@@ -62,6 +62,7 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
 
 
+@functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
 def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
     """SmolLM2-135M-Instruct by default, a folder or GGUF file, or ``small``.
 

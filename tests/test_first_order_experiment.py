@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import experiments.first_order as lab
 from experiments import common
-from experiments import first_order as lab
+from experiments.first_order.__main__ import main
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
 from jaxpref.models import pretrained
@@ -46,7 +47,7 @@ def made(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["first_order", "--name", "tiny", *flags])
-        lab.main()
+        main()
     plt.close("all")
     return config, cwd / "runs" / "first_order" / "tiny", out.getvalue()
 
@@ -95,7 +96,7 @@ def test_the_batch_is_predicted_by_the_gram_of_all_its_pairs(made):
     batch = problem.rows(drawn[:2])
     pull, slope, factor = run.slope(params, batch, 0.5)
     assert factor < 1
-    metric, carried = lab._linearised("adam", params, state, slope)
+    metric, carried = lab.own_metric("adam", params, state, slope)
     _, momentum = run.change(params, batch[:3], carried)
     every = jax.jit(lambda p: gradients.gram(problem.logp, p, batch[:3], metric=metric).gram)
     gram = every(params)

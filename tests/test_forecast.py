@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from experiments import forecast as lab
+import experiments.forecast as lab
+from experiments.forecast.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -35,7 +36,7 @@ def made(tiny_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(cwd)
         patch.setattr(sys, "argv", ["forecast", "--name", "tiny", *flags])
-        lab.main()
+        main()
     plt.close("all")
     return config, cwd / "runs" / "forecast" / "tiny", out.getvalue()
 
@@ -69,7 +70,7 @@ def test_embedding_signals_by_a_loop(made):
     arrays = dict(np.load(folder / "arrays.npz"))
     found = dict(zip(lab.SIGNALS, arrays["signals"][0], strict=True))
     subject, problem = lab.load(config)
-    for place, row in enumerate(lab._rows(config, problem, 0)[:2]):
+    for place, row in enumerate(lab.rows(config, problem, 0)[:2]):
         hidden, targets = [], []
         for side in (0, 1):
             tokens, real, scored = (np.asarray(x)[row, side] for x in problem.arrays)

@@ -1,0 +1,168 @@
+"""Predictions of an optimizer's steps, and what the steps did."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments import common
+from experiments.first_order.protocol import Config, Part, load, parts, rates_of
+from jaxpref import diagnostics, gradients, losses
+from jaxpref.data import batches
+from jaxpref.training.linearised import linearised
+from jaxpref.training.step import tree_norm
+
+
+class Programs(NamedTuple):
+    """The compiled functions that all parts of a run share."""
+
+    slope: Any  # (params, batch, clip) -> (pull, gradient of the mean loss clipped, factor)
+    logp: Any  # (params, batch) -> [pairs 2]
+    change: Any  # (params, arrays, tangent) -> (logp, change)
+    grams: Any  # (params, arrays, metric) -> [pairs 2 2]
+
+
+def programs(config: Config, problem: common.Problem) -> Programs:
+    """Compiled once a run: the optimizer is applied outside of them."""
+
+    def loss(logp, batch):
+        return losses.dpo(logp, batch.reference, beta=config.beta)
+
+    @jax.jit
+    def slope(params, batch, clip):
+        logp, back = jax.vjp(lambda p: problem.score(p, batch).logp, params)
+        pull = jax.grad(lambda x: loss(x, batch).sum())(logp)
+        (gradient,) = back(pull / len(pull))
+        factor = jnp.minimum(1.0, clip / tree_norm(gradient))
+        return pull, jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient), factor
+
+    @jax.jit
+    def grams(params, arrays, metric):
+        return gradients.pair_grams(
+            problem.logp, params, arrays, metric=metric, responses="together"
+        ).gram
+
+    return Programs(
+        slope,
+        jax.jit(lambda params, batch: problem.score(params, batch).logp),
+        jax.jit(functools.partial(common.logp_and_change, problem.logp)),
+        grams,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("name", "steps"))
+def _frozen(name: str, steps: int, params, state, gradient):
+    """Sum of so many updates, all of the same gradient, at learning rate 1."""
+
+    def one(_, carry):
+        total, state = carry
+        update, state = common.unit_optimizer(name).update(gradient, state, params)
+        return jax.tree.map(jnp.add, total, update), state
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.fori_loop(0, steps, one, (zero, state))[0]
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def own_metric(name: str, params, state, gradient):
+    """The update as a metric of the gradient, and what the state carries on."""
+    return linearised(
+        common.unit_optimizer(name), state, gradient, params, decay=common.DECAY[name]
+    )
+
+
+@jax.jit
+def _moved(params, rate, direction):
+    return jax.tree.map(lambda p, u: p + jnp.asarray(rate, u.dtype) * u, params, direction)
+
+
+def measure(config: Config, part: Part, problem, params, run: Programs) -> dict[str, Any]:
+    """Predictions and measurements of one part.
+
+    Returns:
+        ``total``, ``own``, ``frozen``: predicted changes per unit of learning rate by one step, by
+        one step of the pair alone, and by all steps, ``[probes 2]`` (``own``: ``[pairs 2]``).
+        ``measured``: nats, ``[one or all steps, rates, probes, 2]``.
+    """
+    n, rates = config.pairs, rates_of(config, part.optimizer)
+    drawn = batches.order(len(problem), n * (1 + config.warm) + config.others, part.seed, 0)
+    trained, probes = drawn[:n], drawn[: n + config.others]
+    clip = jnp.float32(part.clip)
+    params, state = (
+        jax.tree.map(jnp.copy, params),
+        common.unit_optimizer(part.optimizer).init(params),
+    )
+    for at in range(config.warm):
+        begin = len(probes) + at * n
+        _, gradient, _ = run.slope(params, problem.rows(drawn[begin : begin + n]), clip)
+        params, state = common.apply_update(
+            part.optimizer, params, state, gradient, jnp.float32(rates[0])
+        )
+
+    batch, seen = problem.rows(trained), problem.rows(probes)
+    pull, gradient, factor = run.slope(params, batch, clip)
+    metric, carried = own_metric(part.optimizer, params, state, gradient)
+    update = jax.tree.map(lambda c, d, g: c - d * g, carried, metric, gradient)
+    arrays = seen[:3]
+    start, total = run.change(params, arrays, update)
+    _, momentum = run.change(params, batch[:3], carried)
+    gram = run.grams(params, batch[:3], metric)
+    own = momentum + diagnostics.first_order_change(gram, pull) * factor / n
+    frozen = run.change(
+        params, arrays, _frozen(part.optimizer, config.steps, params, state, gradient)
+    )[1]
+    after = np.zeros((2, len(rates), *start.shape))
+    for i, rate in enumerate(rates):
+        size = jnp.float32(rate)
+        after[0, i] = run.logp(_moved(params, size, update), seen)
+        moving, kept = (jax.tree.map(jnp.copy, x) for x in (params, state))
+        for _ in range(config.steps):
+            _, slope, _ = run.slope(moving, batch, clip)
+            moving, kept = common.apply_update(part.optimizer, moving, kept, slope, size)
+        after[1, i] = run.logp(moving, seen)
+    before = np.asarray(run.logp(params, seen))
+    return {
+        "total": total,
+        "own": own,
+        "frozen": frozen,
+        "gram": gram,
+        "pull": pull,
+        "factor": factor,
+        "measured": after - before,
+    }
+
+
+def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
+    """Arrays of `measure` with a leading axis ``parts``, in the order of `parts`."""
+    subject, problem = load(config)
+    todo = parts(config)
+
+    def begin() -> tuple[Any, common.Problem, Programs]:
+        params = common.supervise(
+            problem,
+            subject.params,
+            optax.adam(config.supervised_rate),
+            steps=config.supervised,
+            batch=config.pairs,
+            seed=0,
+        )
+        ready = problem.with_reference(params)
+        return params, ready, programs(config, ready)
+
+    begun = functools.cache(begin)  # not for a run that is only read back
+
+    def make(part: Part) -> dict[str, Any]:
+        params, ready, compiled = begun()
+        return measure(config, part, ready, params, compiled)
+
+    bar, records = tqdm(todo, "parts", unit="part"), []
+    for part in bar:
+        bar.set_description(f"{part.optimizer}, clip {part.clip:g}, seed {part.seed}")
+        name = f"{part.seed}_{part.optimizer}_{part.clip:g}"
+        records.append(common.kept(folder, name, functools.partial(make, part)))
+    return {name: np.stack([record[name] for record in records]) for name in records[0]}

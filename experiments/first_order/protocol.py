@@ -1,0 +1,89 @@
+"""The settings, the parts of a run, and the pairs."""
+
+import dataclasses
+import itertools
+import math
+from typing import NamedTuple
+
+from experiments import common
+from jaxpref.data import files, preferences
+from jaxpref.models import pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers."""
+
+    optimizers: tuple[common.Optimizer, ...] = ("sgd", "rmsprop", "adam")
+    clips: tuple[float, ...] = (math.inf, 1.0)
+    """Largest norm of the gradient; inf does not clip."""
+    sgd_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
+    """Learning rates of plain gradient descent."""
+    rmsprop_rates: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4)
+    adam_rates: tuple[float, ...] = (1e-7, 1e-6, 1e-5, 1e-4)
+    pairs: int = 4
+    """In the batch that is trained on."""
+    others: int = 12
+    """Further pairs that are only looked at."""
+    steps: int = 10
+    """Of the longer prediction, all on the same batch."""
+    warm: int = 2
+    """Updates on other batches before, at the smallest learning rate: they fill the state."""
+    seeds: int = 2
+    """Each draws other pairs."""
+    beta: float = 0.1
+    limit: int = 64
+    """Most tokens of prompt and response; longer prompts lose their beginning."""
+    supervised: int = 0
+    """Updates of Adam on the chosen responses before, at `supervised_rate`."""
+    supervised_rate: float = 1e-3
+    model: str | None = None
+    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
+    data: str | None = None
+    """A JSONL file of pairs; by default the shipped ones."""
+
+
+SMOKE = Config(
+    optimizers=("sgd", "adam"), clips=(1.0,), sgd_rates=(1e-5,), adam_rates=(1e-6,),
+    pairs=2, others=1, steps=2, warm=1, seeds=1,
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """One optimizer, with or without clipping, on one draw of pairs."""
+
+    seed: int
+    optimizer: str
+    clip: float
+
+
+def parts(config: Config) -> list[Part]:
+    """All of them, in the order of the arrays."""
+    return [
+        Part(*x) for x in itertools.product(range(config.seeds), config.optimizers, config.clips)
+    ]
+
+
+def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
+    """The learning rates of an optimizer, sorted."""
+    return tuple(sorted(getattr(config, f"{optimizer}_rates")))
+
+
+def load(config: Config) -> tuple[common.Subject, common.Problem]:
+    """Model and pairs of a run; raises for settings that cannot be run."""
+    common.at_least(1, config, "pairs", "steps", "seeds")
+    counts = {len(rates_of(config, name)) for name in config.optimizers}
+    if len(counts) != 1:
+        raise ValueError(f"rates: got {sorted(counts)} learning rates, expected as many for each")
+    texts = files.read_pairs(config.data) if config.data else preferences.load()
+    drawn = config.pairs * (1 + config.warm) + config.others
+    if drawn > len(texts):
+        raise ValueError(f"pairs: a run draws {drawn}, expected at most the {len(texts)} there are")
+    subject = common.open_model(config.model)
+    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+
+
+def hashes(config: Config) -> dict[str, str]:
+    """Of model and data, for the provenance."""
+    subject, problem = load(config)
+    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}

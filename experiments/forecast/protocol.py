@@ -1,0 +1,83 @@
+"""The settings, the signals, and the pairs."""
+
+import dataclasses
+
+import numpy as np
+
+from experiments import common
+from jaxpref.data import batches, files, preferences
+from jaxpref.models import pretrained
+
+TEXT, FORWARD, GRAM = "none", "1 forward", "1 forward, 1 backward a response"
+SIGNALS = {  # larger: a fall of the chosen response is expected; what each costs a pair
+    "first update, pair alone": "1 forward, 1 backward, 1 JVP",
+    "first update, all pairs": "1 forward, 1 backward, 1 JVP",
+    "Gram, first-order change": GRAM,
+    "Gram in the optimizer's metric": GRAM,
+    "Gram, band margin": GRAM,
+    "Gram, cosine": GRAM,
+    "unembedding Gram (alpha-weighted)": FORWARD,
+    "CHES": FORWARD,
+    "CHES, length-normalised": FORWARD,
+    "last hidden inner product": FORWARD,
+    "edit similarity": TEXT,
+    "length difference": TEXT,
+    "chance": TEXT,
+}
+PROTOCOLS = ("alone", "together")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers."""
+
+    optimizer: common.Optimizer = "adam"
+    rate: float = 1e-6
+    pairs: int = 24
+    alone: tuple[int, ...] = (1, 10)
+    """Updates after which a pair trained alone is looked at."""
+    together: tuple[int, ...] = (1, 10, 50)
+    """Updates after which pairs trained together are looked at."""
+    batch: int = 4
+    """Pairs of an update when they are trained together."""
+    seeds: int = 1
+    """Each draws other pairs, other batches."""
+    beta: float = 0.1
+    resamples: int = 2000
+    """Of the bootstrap over pairs."""
+    supervised: int = 0
+    """Updates of Adam on the chosen responses of all pairs before, at `supervised_rate`."""
+    supervised_rate: float = 1e-3
+    limit: int = 64
+    """Most tokens of prompt and response; longer prompts lose their beginning."""
+    model: str | None = None
+    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
+    data: str | None = None
+    """A JSONL file of pairs; by default the shipped ones."""
+
+
+SMOKE = Config(pairs=4, alone=(1, 2), together=(1, 2), batch=2, resamples=50)
+
+
+def load(config: Config) -> tuple[common.Subject, common.Problem]:
+    """Model and pairs of a run; raises for settings that cannot be run."""
+    common.at_least(1, config, "pairs", "batch", "seeds", "resamples")
+    for name in PROTOCOLS:
+        if min(getattr(config, name), default=0) < 1:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected numbers of updates")
+    texts = files.read_pairs(config.data, bad="drop") if config.data else preferences.load()
+    if not config.batch <= config.pairs <= len(texts):
+        raise ValueError(f"pairs: got {config.pairs}, expected {config.batch} to {len(texts)}")
+    subject = common.open_model(config.model)
+    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+
+
+def hashes(config: Config) -> dict[str, str]:
+    """Of model and data, for the provenance."""
+    subject, problem = load(config)
+    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+
+
+def rows(config: Config, problem: common.Problem, seed: int) -> np.ndarray:
+    """Which pairs a seed draws."""
+    return batches.order(len(problem), config.pairs, seed, 0)
