@@ -392,6 +392,21 @@ def test_several_outputs_of_an_example(examples):
     assert check(three, W, examples).gram.shape == (3, 3, 3, 3)
 
 
+@pytest.mark.parametrize("rule", ["tokens", "rows"])
+def test_several_outputs_of_a_parameter_that_is_used_once(rule):
+    wide = jax.random.normal(jax.random.key(3), (9, 9), jnp.float64)
+    inputs = X[:, :2] @ wide[:4] / 9
+
+    def three(W, x):  # blocks between two examples are not symmetric
+        y = W[x] if rule == "rows" else x @ W
+        return jnp.tanh(jnp.cumsum(y, axis=0) @ wide[:, :3] / 9).sum(axis=0)
+
+    examples = IDS if rule == "rows" else inputs
+    assert gradients.explain(three, wide, examples) == {"": rule}
+    gram = check(three, wide, examples).gram
+    assert abs(gram - gram.transpose(0, 3, 2, 1)).max() > 1e-3
+
+
 def test_an_unused_parameter_has_a_part_of_zero():
     params = {"used": W, "not": jnp.ones((2, 2))}
     found = check(lambda p, x: jnp.tanh(x @ p["used"]).sum(), params, X)
