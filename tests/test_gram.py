@@ -180,9 +180,10 @@ def test_a_function_of_the_whole_pair_gives_the_same():
 
 def test_all_pairs_of_a_batch():
     policy, params = a_model()
-    examples = tuple(x.reshape(4, TIME) for x in some_pairs())
+    examples = tuple(x.reshape(6, TIME) for x in some_pairs(3))
+    assert len(examples[0]) > contractions.UNROLLED  # all blocks are one program
     found = check(response_logp(policy), params, examples)
-    assert found.gram.shape == (4, 4)
+    assert found.gram.shape == (6, 6)
 
 
 def test_a_metric_weights_every_entry():
@@ -402,6 +403,8 @@ def test_several_outputs_of_a_parameter_that_is_used_once(rule):
         return jnp.tanh(jnp.cumsum(y, axis=0) @ wide[:, :3] / 9).sum(axis=0)
 
     examples = IDS if rule == "rows" else inputs
+    examples = jnp.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
+    assert len(examples) > contractions.UNROLLED
     assert gradients.explain(three, wide, examples) == {"": rule}
     gram = check(three, wide, examples).gram
     assert abs(gram - gram.transpose(0, 3, 2, 1)).max() > 1e-3

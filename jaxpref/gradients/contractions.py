@@ -14,15 +14,17 @@ clipping", https://arxiv.org/abs/2110.05679, for sequences; the cross terms foll
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 Gram = Float[Array, "examples outputs examples outputs"]
 PIECE = 256  # entries that one running sum of a long inner product takes
 WRITING = 1.3  # what a gradient that is written out costs beside its arithmetic, on CPU
+UNROLLED = 4  # examples of which all blocks are programs of their own; of more they share one
 
 
 class Use(NamedTuple):
@@ -110,7 +112,7 @@ def _cross(one: Use, two: Use) -> Gram:
         between = lambda i, j: product(_at(one.columns, i), _at(two.columns, j), 1, 1)  # noqa: E731
         return _by_rows(between, one.rows, two.rows)
 
-    def block(i: int, j: int) -> Array:
+    def block(i: Any, j: Any) -> Array:
         rows = _at(one.rows, i), _at(two.rows, j)
         columns = _at(one.columns, i), _at(two.columns, j)
         if one.own == two.own:  # both factors of both
@@ -133,22 +135,33 @@ def _diagonal(weights: Array, single: Array, many: Array) -> Array:
 
 
 def _by_rows(
-    between: Callable[[int, int], Array], slopes: Array, others: Array, *, symmetric: bool = False
+    between: Callable[[Any, Any], Array], slopes: Array, others: Array, *, symmetric: bool = False
 ) -> Gram:
     """``sum_st between(i, j)[s, t] <slopes[i, a, s], others[j, b, t]>``."""
     m = slopes.shape[1]
 
-    def block(i: int, j: int) -> Array:
+    def block(i: Any, j: Any) -> Array:
         mixed = _mixed(between(i, j), others[j])
         return _all_products(slopes[i].reshape(m, -1), mixed.reshape(m, -1))
 
     return _blocks(block, len(slopes), symmetric=symmetric)
 
 
-def _blocks(block: Callable[[int, int], Array], n: int, *, symmetric: bool = False) -> Gram:
-    found = {(i, j): block(i, j) for i in range(n) for j in range(i if symmetric else 0, n)}
-    rows = [[found[i, j] if (i, j) in found else found[j, i].T for j in range(n)] for i in range(n)]
-    return jnp.stack([jnp.stack(row, axis=1) for row in rows])
+def _blocks(block: Callable[[Any, Any], Array], n: int, *, symmetric: bool = False) -> Gram:
+    """``[n a n b]`` from ``block(i, j)``, ``[a b]``; of a symmetric Gram half of them are made."""
+    pairs = np.array([(i, j) for i in range(n) for j in range(i if symmetric else 0, n)])
+    if n <= UNROLLED:
+        found = jnp.stack([block(i, j) for i, j in pairs.tolist()])
+    else:
+        found = jax.lax.map(lambda pair: block(pair[0], pair[1]), jnp.asarray(pairs))
+    place = np.zeros((n, n), np.int32)
+    place[pairs[:, 1], pairs[:, 0]] = range(len(pairs))
+    place[pairs[:, 0], pairs[:, 1]] = range(len(pairs))
+    every = found[place]
+    if symmetric:
+        below = np.tril(np.ones((n, n), bool), -1)[..., None, None]
+        every = jnp.where(jnp.broadcast_to(below, every.shape), every.swapaxes(2, 3), every)
+    return every.transpose(0, 2, 1, 3)
 
 
 def _mixed(weights: Float[Array, "new rows"], slopes: Float[Array, "outputs rows width"]) -> Array:
@@ -159,8 +172,8 @@ def _mixed(weights: Float[Array, "new rows"], slopes: Float[Array, "outputs rows
     return jnp.einsum("st,atw->asw", weights, slopes, **_exact(slopes))
 
 
-def _at(factor: Array, i: int) -> Array:
-    return factor[min(i, len(factor) - 1)]
+def _at(factor: Array, i: Any) -> Array:
+    return factor[0] if len(factor) == 1 else factor[i]
 
 
 def _overlap(left: Array, right: Array, dtype: DTypeLike) -> Array:
