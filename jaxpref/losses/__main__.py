@@ -165,7 +165,7 @@ Where the same name means something else, in a paper, in its authors' code or in
 %(differences)s
 
 Values and pulls on random pairs against TRL; tests hold what each row says. `make parity-trl` runs
-0.28.0, the last version whose losses are functions, `make parity` runs 1.16.0.
+0.28.0, the last version whose losses are functions, and 1.16.0.
 
 %(compared)s
 
