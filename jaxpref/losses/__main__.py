@@ -53,6 +53,61 @@ OTHER_NAMES = {  # what has a name in the field, but is a loss of ours at these 
     "TraceAlign CBD": "`dpo`: the penalty of the published code has no gradient",
     "WPO": "`wpo_weight` times `dpo`",
 }
+AGREES = "agrees"
+COMPARED = {  # the parity tests hold values and pulls against these, and assert what is said here
+    "TRL 0.28.0": {
+        "alphapo": AGREES,
+        "aot": AGREES,
+        "aot_unpaired": AGREES,
+        "apo_down": AGREES,
+        "apo_zero": AGREES,
+        "cdpo": AGREES,
+        "cpo": "agrees without likelihood term",
+        "discopop": "agrees; not a number where the pair is far wrong",
+        "dpo": AGREES,
+        "exo_pair": "agrees; 0.001 for an `epsilon` of 0",
+        "f_dpo_alpha": AGREES,
+        "f_dpo_forward_kl": "agrees, as the alpha divergence of 1",
+        "f_dpo_jensen_shannon": "agrees; is `dpo` if named by a string",
+        "hinge": AGREES,
+        "ipo": "agrees, of sums",
+        "ipo_length_normalised": AGREES,
+        "nca_pair": AGREES,
+        "orpo": "agrees, in float32, value only",
+        "robust_dpo": AGREES,
+        "simpo": "agrees without likelihood term",
+        "sppo": AGREES,
+    },
+    "TRL 1.16.0": {
+        "alphapo": AGREES,
+        "aot": AGREES,
+        "aot_unpaired": AGREES,
+        "apo_down": AGREES,
+        "apo_zero": AGREES,
+        "bco": "agrees at a `delta` of 0; has no other",
+        "cdpo": "ignores the smoothing: is `dpo`",
+        "cpo": "agrees without likelihood term",
+        "discopop": "agrees; not a number where the pair is far wrong",
+        "dpo": AGREES,
+        "exo_pair": "agrees; infinite for an `epsilon` of 0",
+        "f_dpo_alpha": "agrees at a coefficient of `1 - alpha`; beyond an exponent of 80 no pull",
+        "f_dpo_forward_kl": AGREES,
+        "f_dpo_jensen_shannon": AGREES,
+        "hinge": AGREES,
+        "ipo": "is `ipo_length_normalised`",
+        "ipo_length_normalised": AGREES,
+        "kto": "agrees, with `kto_baseline`",
+        "ld_logp": AGREES,
+        "ln_dpo": "agrees, as ``sigmoid_norm``",
+        "nca_pair": AGREES,
+        "orpo": "agrees, in float32, value only",
+        "robust_dpo": AGREES,
+        "sft_token_mean": "takes the mean over the batch's tokens",
+        "simpo": "agrees without likelihood term",
+        "sppo": AGREES,
+        "wpo_weight": AGREES,
+    },
+}
 
 PAGE = r"""# Losses
 
@@ -106,9 +161,13 @@ moves and the other stays.
 ## Differences
 
 Where the same name means something else, in a paper, in its authors' code or in other libraries.
-`make parity-trl` compares values and pulls with TRL 0.28.0, and asserts the differences it shows.
 
 %(differences)s
+
+Values and pulls on random pairs against TRL; tests hold what each row says. `make parity-trl` runs
+0.28.0, the last version whose losses are functions, and 1.16.0.
+
+%(compared)s
 
 ## The logic of preferences
 
@@ -215,6 +274,7 @@ def page() -> str:
         "formulas": _table([_words(loss) for loss in found.values()]),
         "pulls": _table([[f"`{name}`", *_numbers(numbers[name])] for name in found]),
         "differences": "\n".join(f"- `{name}`: {text}" for name, text in differs.items() if text),
+        "compared": _compared(),
         "logic": LOGIC % _table(logic),
         "names": _table([list(row) for row in OTHER_NAMES.items()]),
         "helpers": _table([_words(getattr(losses, name)) for name in HELPERS]),
@@ -365,6 +425,12 @@ def _numbers(found: Pulls) -> list[str]:
     ranges = [f"{_number(low)} to {_number(high)}" for low, high in ends]
     limits = [_shown(found.right), _shown(found.wrong)]
     return [_shown(found.value), _shown(found.here), *ranges, *limits, found.equal]
+
+
+def _compared() -> str:
+    names = sorted(set().union(*COMPARED.values()))
+    rows = [[f"`{name}`", *(found.get(name, "") for found in COMPARED.values())] for name in names]
+    return _table([["loss", *COMPARED], ["---"] * (1 + len(COMPARED)), *rows])
 
 
 def _inputs(loss: Callable) -> list[str]:

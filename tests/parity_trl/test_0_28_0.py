@@ -17,6 +17,7 @@ from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_config import FDivergenceType
 
 from jaxpref import losses
+from jaxpref.losses import __main__ as docs
 
 PAIRS, EPSILON = 7, 0.1
 DRAW = np.random.default_rng(0)
@@ -161,3 +162,7 @@ def test_discopop_of_pairs_far_wrong_is_not_a_number_there():
     assert torch.isnan(there).all()
     here = losses.discopop(jnp.asarray(logp, jnp.float32), jnp.asarray(reference, jnp.float32))
     np.testing.assert_allclose(here, 0.05 * 999, rtol=1e-6)
+
+
+def test_the_page_has_a_row_for_each_comparison():
+    assert {*PAIRWISE, "aot", "aot_unpaired", "orpo"} == set(docs.COMPARED["TRL 0.28.0"])
