@@ -30,6 +30,7 @@ from experiments.loss_comparison.measure import Look as Look
 from experiments.loss_comparison.measure import Programs as Programs
 from experiments.loss_comparison.measure import programs as programs
 from experiments.loss_comparison.measure import run as run
+from experiments.loss_comparison.protocol import FAMILIES as FAMILIES
 from experiments.loss_comparison.protocol import SMOKE as SMOKE
 from experiments.loss_comparison.protocol import Config as Config
 from experiments.loss_comparison.protocol import hashes as hashes
