@@ -111,8 +111,8 @@ def test_training_and_measures_are_those_of_plain_autodiff(made, arrays):
         return jnp.where(mask[at], each[..., 0], 0).sum(axis=-1)
 
     everything = np.arange(8)
-    first = jax.jit(distribution)(subject.params, everything)
-    reference = jax.jit(logp_of)(subject.params, everything)
+    both = jax.jit(lambda params: (distribution(params, everything), logp_of(params, everything)))
+    first, reference = both(subject.params)
     np.testing.assert_allclose(arrays["logp"][1, 0, 1, 0], reference, rtol=1e-5)
     scale = np.sqrt((arrays["pull"][1, 0] ** 2).mean())
 
@@ -139,9 +139,9 @@ def test_training_and_measures_are_those_of_plain_autodiff(made, arrays):
             ).astype(p.dtype),
             params, mean, square,
         )  # fmt: skip
-    last = jax.jit(distribution)(params, everything)
+    last, after = both(params)
     moved = arrays["logp"][1, 0, 1, -1] - arrays["logp"][1, 0, 1, 0]
-    expected = jax.jit(logp_of)(params, everything) - reference
+    expected = after - reference
     assert np.abs(moved).max() > 0.1
     # float32, and Adam divides gradients that are nearly zero by themselves and eps
     np.testing.assert_allclose(moved, expected, atol=5e-3 * np.abs(moved).max())
@@ -259,9 +259,10 @@ def test_the_summary_and_the_verdict_follow_the_numbers():
     assert dpo["test_chosen_token"] == pytest.approx(dpo["test_chosen"] / 5)
     assert (dpo["measured_both_down"], dpo["all_both_down"], dpo["agree_all"]) == (1, 1, 1)
     assert (sft["measured_ideal"], sft["all_both_up"], sft["agree_own"]) == (1, 1, 0)
-    assert dpo["nat_all"] == pytest.approx((1 - 2) / (1 - 4 + 5))  # these pairs are orthogonal
-    assert np.isnan(sft["nat_all"])  # its rejected rises twice as much
-    assert dpo["nat_measured"] == -1.5
+    # These pairs are orthogonal: DPO moves them by (-1, -3), SFT by (1, 2).
+    assert dpo["share_all"] == pytest.approx(-1 / 4)
+    assert sft["share_all"] == pytest.approx(1 / 3)
+    assert dpo["share_measured"] == pytest.approx(-3 / 8)
     printed = lab.report(config, rows)
     assert (
         "On training pairs the chosen response rises under 1 of 2 losses: sft and does" in printed

@@ -112,14 +112,13 @@ def _draw_frontier(panel: Axes, rows) -> None:
 
 
 def _draw_foreseen(panel: Axes, rows) -> None:
-    x, y = (np.array([row[f"nat_{name}"] for row in rows]) for name in ("all", "measured"))
-    edge = 4.0  # nats a nat; what lies further is drawn there
-    _scatter(panel, rows, np.clip(x, -edge, edge), np.clip(y, -edge, edge))
+    x, y = (np.array([row[f"share_{name}"] for row in rows]) for name in ("all", "measured"))
+    _scatter(panel, rows, x, y)
     panel.axline((0, 0), slope=1, color="black", lw=0.7, ls=":")
     panel.axhline(0, color="black", lw=0.7)
     panel.axvline(0, color="black", lw=0.7)
-    panel.set_xlabel("chosen predicted from the Gram of the training pairs (nats a nat of margin)")
-    panel.set_ylabel("measured (nats a nat of margin)")
+    panel.set_xlabel("chosen's share of the change, predicted from the training pairs' Gram")
+    panel.set_ylabel("measured")
 
 
 def _scatter(panel: Axes, rows, x: np.ndarray, y: np.ndarray) -> None:

@@ -96,6 +96,7 @@ def begin(
     unembedding = subject.policy.unembedding(params)
     response = int(problem.batch.is_response.sum(axis=-1).max())
     nothing = jnp.zeros((config.test, 2, response, unembedding.shape[-1]), unembedding.dtype)
+    batch = batch._replace(reference=np.zeros((drawn(config), 2), np.float32))
     found = run.look(params, batch, nothing, unembedding)
     arrays = {
         "logp": np.asarray(found.logp),

@@ -22,21 +22,21 @@ def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
         f" {config.validation} validation pairs\nmeans over pairs and {config.seeds} seeds; changes"
         " in nats since the start; acc.: margin of log-ratios (of log-probabilities) above 0\n"
         "H: change of entropy, KL: from the start, both nats a token of the response, test pairs\n"
-        f"regimes: % of training pairs {regimes}, measured | predicted from all pairs' Gram;"
-        " a nat: chosen a nat of margin\n\n"
+        f"regimes: % of training pairs {regimes}, measured | predicted from all pairs' Gram"
+        "\nshare: the chosen's part of what both move, with its sign, and as predicted\n\n"
     )
     lines = [
         f"{'':<35} {'test':>41} {'':>15}   {'training':>24}\n"
         f"{'loss':<26} {'rate':>8} {'chosen':>7} {'reject.':>7} {'a token':>12} {'margin':>7}"
         f" {'acc.':>11} {'H':>7} {'KL':>8}   {'chosen':>7} {'reject.':>7} {'acc.':>5}"
-        f" {'regimes':>25} {'a nat':>6} {'pred.':>6}"
+        f" {'regimes':>25} {'share':>6} {'pred.':>6}"
     ]
     for family, group in itertools.groupby(some, key=lambda row: row["family"]):
         lines += ["", f"{family.replace('_', ' ')}"]
         lines += [_line(row) for row in group]
     lines += [
         "",
-        f"{'chosen a nat of margin: predicted against measured':<52} Spearman over losses",
+        f"{'share of the chosen: predicted against measured':<52} Spearman over losses",
     ]
     for row in rows:
         if row["kind"] == "predictor":
@@ -57,8 +57,8 @@ def _line(row: Mapping[str, Any]) -> str:
         f" {tokens:>12} {row['test_margin']:>7.2f}"
         f" {row['test_accuracy']:>4.2f} ({row['test_plain']:.2f}) {row['test_entropy']:>7.3f}"
         f" {row['kl']:>8.4f}   {row['train_chosen']:>7.2f} {row['train_rejected']:>7.2f}"
-        f" {row['train_accuracy']:>5.2f} {shares:>25} {_number(row['nat_measured'])}"
-        f" {_number(row['nat_all'])}"
+        f" {row['train_accuracy']:>5.2f} {shares:>25} {_number(row['share_measured'])}"
+        f" {_number(row['share_all'])}"
     )
 
 

@@ -80,16 +80,18 @@ def predicted(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
     return {key: np.stack(values) for key, values in found.items()}
 
 
-def per_nat(change: np.ndarray) -> np.ndarray:
-    """Change of the chosen for a nat of margin, of means over pairs ``[... pairs 2]``."""
-    chosen, rejected = np.moveaxis(change.mean(axis=-2), -1, 0)
-    gained = chosen - rejected
+def share(change: np.ndarray) -> np.ndarray:
+    """The chosen's part of what both move, with its sign, of means over pairs ``[... pairs 2]``.
+
+    From -1, it alone moves and falls, to 1; it does not depend on how far the policy went.
+    """
+    mean = change.mean(axis=-2)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(gained > 0, chosen / gained, np.nan)
+        return mean[..., 0] / np.abs(mean).sum(axis=-1)
 
 
 def summarise(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
-    """A row a loss, means over seeds; then a row for each predictor of the chosen's change."""
+    """A row a loss, means over seeds; then a row for each predictor of the chosen's share."""
     fields = {**_measured(config, arrays), **_foreseen(config, arrays)}
     best, rows = chosen_rates(config, arrays), []
     for i, name in enumerate(names(config)):
@@ -131,7 +133,7 @@ def _measured(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
 
 
 def _foreseen(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
-    """Regimes of the training pairs, and changes of the chosen a nat of margin."""
+    """Regimes of the training pairs, and the chosen's share of the change."""
     moved, change = courses(config, arrays)[:, :, -1], predicted(config, arrays)
     n, test = config.train, rows_of(config, "test")
     trained = {
@@ -147,11 +149,11 @@ def _foreseen(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
     for kind in ("all", "own"):
         found[f"agree_{kind}"] = (trained[kind] == trained["measured"]).mean(axis=-1)
     return found | {
-        "nat_measured": per_nat(moved[:, :, :n]),
-        "nat_all": per_nat(change["all"][:, :, :n]),
-        "nat_own": per_nat(change["own"]),
-        "nat_test_measured": per_nat(moved[:, :, test]),
-        "nat_test_all": per_nat(change["all"][:, :, n:]),
+        "share_measured": share(moved[:, :, :n]),
+        "share_all": share(change["all"][:, :, :n]),
+        "share_own": share(change["own"]),
+        "share_test_measured": share(moved[:, :, test]),
+        "share_test_all": share(change["all"][:, :, n:]),
         "sign_all": _same_sign(change["all"][:, :, :n], moved[:, :, :n]),
         "sign_own": _same_sign(change["own"], moved[:, :, :n]),
         "sign_test_all": _same_sign(change["all"][:, :, n:], moved[:, :, test]),
@@ -196,7 +198,7 @@ def _predictors(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
 
 def _rank(change: np.ndarray, moved: np.ndarray, pairs: Any) -> float:
     """Over losses, of changes ``[losses pairs 2]`` of some of the pairs."""
-    x, y = per_nat(change[:, pairs]), per_nat(moved[:, pairs])
+    x, y = share(change[:, pairs]), share(moved[:, pairs])
     known = np.isfinite(x) & np.isfinite(y)
     if known.sum() < 3:
         return float("nan")
