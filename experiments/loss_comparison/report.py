@@ -107,12 +107,13 @@ def _edges(config: Config, some) -> str:
     if len(config.rates) == 1:
         return "With one rate nothing was chosen: the losses are not tuned."
     high, low = (sum(rate == end for rate in rates) for end in (config.rates[-1], config.rates[0]))
-    fair = (
-        "for most the best rate lies beyond the grid, and the losses are compared at its edge"
-        if 2 * high > len(rates)
-        else "most chose inside the grid or its lower end"
-    )
-    return f"Of {len(rates)} runs {high} chose the largest rate and {low} the smallest: {fair}."
+    if 2 * high > len(rates):
+        told = "for most the best rate may lie beyond the grid: they are compared, not tuned"
+    elif 2 * (high + low) > len(rates):
+        told = "most chose an end of the grid"
+    else:
+        told = "most chose inside the grid"
+    return f"Of {len(rates)} runs {high} chose the largest rate and {low} the smallest: {told}."
 
 
 def _accuracy(config: Config, some) -> str:
@@ -139,12 +140,13 @@ def _foreseen(rows, some) -> str:
     if not np.isnan(every["rho"]):
         strong = every["rho"] >= 0.7 and every["low"] >= 0.4
         held = "holds" if strong else "holds in part" if every["rho"] >= 0.4 else "does not hold"
-    better = "than" if every["rho"] > own["rho"] else "no better than"
+    lead = every["rho"] - own["rho"]
+    better = "better than" if lead > 0.05 else "worse than" if lead < -0.05 else "much like"
     shares = [float(np.mean([row[f"agree_{kind}"] for row in some])) for kind in ("all", "own")]
     return (
         f"The claim {held}: the prediction orders the losses with {every['rho']:.2f} on training"
-        f" pairs{', better ' if better == 'than' else ', '}{better} each pair's own Gram with"
-        f" {own['rho']:.2f}, and with {test['rho']:.2f} on test pairs. It names the regime of"
+        f" pairs, {better} each pair's own Gram with {own['rho']:.2f}, and with"
+        f" {test['rho']:.2f} on test pairs. It names the regime of"
         f" {shares[0]:.0%} of the training pairs, the own Gram that of {shares[1]:.0%}."
     )
 
