@@ -46,7 +46,8 @@ def _of_both(*values: Any) -> Callable[[Scores, Array], Array]:
 
 def _delta(s: Scores, reference: Array) -> Array:
     nothing = losses.RunningMean(jnp.zeros((), s.logp.dtype), jnp.zeros((), s.logp.dtype))
-    return losses.bco_running_mean(nothing, s.logp.reshape(-1), reference.reshape(-1)).mean
+    state = losses.bco_running_mean(nothing, s.logp.reshape(-1), reference.reshape(-1))
+    return jnp.asarray(state.mean)
 
 
 INPUTS: dict[str, Callable[[Scores, Array], Array]] = {  # by the names of the losses' arguments

@@ -304,5 +304,5 @@ def test_bad_settings_are_named(settings, message):
 
 def test_too_few_pairs_are_named(made):
     config, _, _ = made
-    with pytest.raises(ValueError, match="got 9 pairs, expected at most the 8 that fit into 32"):
+    with pytest.raises(ValueError, match="got 9 pairs, expected at most the 8 that fit into 28"):
         lab.load(dataclasses.replace(config, validation=3))

@@ -28,7 +28,7 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
     rows = [row for row in summarise(config, arrays) if row["kind"] == "loss"]
     places, gaps = _places(rows)
     figure = plt.figure(figsize=(15, max(10.5, 0.2 * places[-1] + 1.6)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(8, 6))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(8, 6))[0]
     changes, shares = left.subplots(1, 2, sharey=True, width_ratios=(3, 1.4))
     _draw_changes(changes, rows, places)
     _draw_regimes(shares, rows, places)

@@ -50,7 +50,7 @@ def programs(config: Config, subject: common.Subject, problem: common.Problem) -
         found, table = problem.hidden(params, batch), unembedding(params)
 
         def mean(values, scored):
-            return jnp.where(scored, values, 0).sum(axis=-1) / scored.sum(axis=-1)
+            return jnp.where(scored, values, 0).sum(axis=-1) / jnp.asarray(scored).sum(axis=-1)
 
         def one(pair):
             hidden, targets, scored = pair

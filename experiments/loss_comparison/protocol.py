@@ -24,7 +24,7 @@ class Config:
     rates: tuple[float, ...] = (2e-6, 5e-6, 1.5e-5)
     """Learning rates, of which the validation pairs choose one for each loss."""
     optimizer: common.Optimizer = "adam"
-    updates: int = 6
+    updates: int = 4
     batch: int = 4
     """Pairs of an update."""
     looks: int = 2
@@ -40,7 +40,7 @@ class Config:
     supervised: int = 0
     """Updates of Adam on the training pairs' chosen responses before."""
     supervised_rate: float = 1e-3
-    limit: int = 32
+    limit: int = 28
     """Most tokens of prompt and response; longer pairs are not used."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
