@@ -50,7 +50,8 @@ def programs(config: Config, subject: common.Subject, problem: common.Problem) -
         found, table = problem.hidden(params, batch), unembedding(params)
 
         def mean(values, scored):
-            return jnp.where(scored, values, 0).sum(axis=-1) / jnp.asarray(scored).sum(axis=-1)
+            count = jnp.sum(scored, axis=-1, dtype=values.dtype)
+            return jnp.where(scored, values, 0).sum(axis=-1) / count
 
         def one(pair):
             hidden, targets, scored = pair
