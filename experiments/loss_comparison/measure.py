@@ -49,7 +49,7 @@ def programs(config: Config, subject: common.Subject, problem: common.Problem) -
     def look(params, batch, first_hidden, first_unembedding):
         found, table = problem.hidden(params, batch), unembedding(params)
 
-        def mean(values, scored):
+        def mean(values: jax.Array, scored: jax.Array):
             count = jnp.sum(scored, axis=-1, dtype=values.dtype)
             return jnp.where(scored, values, 0).sum(axis=-1) / count
 
