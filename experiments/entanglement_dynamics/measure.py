@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import common
+from experiments import common, pulling
 from experiments.entanglement_dynamics.protocol import LOSSES, OPTIMIZERS, Config, load, look_steps
 from jaxpref import gradients
 from jaxpref.data import batches
@@ -19,11 +19,7 @@ from jaxpref.logprobs import Scores
 
 def pull_of(index, scores: Scores, batch) -> jax.Array:
     """``[-d_w, d_l]`` of every pair, ``[pairs 2]``, by the loss of this number in `LOSSES`."""
-
-    def branch(loss):
-        return jax.grad(lambda logp: loss(scores._replace(logp=logp), batch).sum())
-
-    return jax.lax.switch(index, [branch(loss) for loss in LOSSES.values()], scores.logp)
+    return pulling.pull_of(LOSSES, index, scores, batch)
 
 
 class Programs(NamedTuple):
@@ -37,19 +33,7 @@ class Programs(NamedTuple):
 
 def programs(config: Config, problem: common.Problem) -> Programs:
     """The loss is an argument: its pull is tiny, and one backward pass carries it to parameters."""
-    optimizer = OPTIMIZERS[config.optimizer](1.0)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, batch, index, scale, rate, first):
-        scores: Scores
-        scores, back = jax.vjp(lambda p: problem.score(p, batch), params)
-        # At the start the policy is its own reference, and log-ratios are exactly zero.
-        logp = jnp.where(first, jnp.asarray(batch.reference, scores.logp.dtype), scores.logp)
-        pull = pull_of(index, scores._replace(logp=logp), batch)
-        pull = (pull / scale / len(pull)).astype(logp.dtype)
-        (gradient,) = back(Scores(pull, jnp.zeros_like(scores.lengths)))
-        update, state = optimizer.update(gradient, state, params)
-        return jax.tree.map(lambda p, u: p + rate.astype(u.dtype) * u, params, update), state
+    step = pulling.make_step(problem.score, LOSSES, OPTIMIZERS[config.optimizer](1.0))
 
     def grams(params, arrays):
         return gradients.pair_grams(problem.logp, params, arrays, responses="together").gram
@@ -134,9 +118,7 @@ def pulls(name: str, logp, reference, lengths) -> np.ndarray:
 
 @jax.jit
 def _pulls(index, logp, reference, lengths):
-    nothing: Any = None  # of a batch, losses read the reference alone
-    batch = batches.Batch(nothing, nothing, nothing, reference, nothing)
-    return pull_of(index, Scores(logp, lengths), batch)
+    return pull_of(index, Scores(logp, lengths), pulling.batch_of(reference))
 
 
 def _probes(config: Config, start: Start) -> Any:

@@ -1,40 +1,24 @@
 """The losses, the settings, and the pairs they are shown."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import numpy as np
 import optax
 
-from experiments import common
-from jaxpref import losses
+from experiments import common, pulling
 from jaxpref.data import files, pairs, preferences
 from jaxpref.models import pretrained
 from jaxpref.training.optimizers import torch_rmsprop
 
 # (scores, batch) -> [pairs]; hyperparameters as in the papers or their code. `sft` is a control:
 # it never looks at the rejected response.
-LOSSES: dict[str, Callable[[Any, Any], jax.Array]] = {
-    "dpo": lambda s, b: losses.dpo(s.logp, b.reference, beta=0.1),
-    "cdpo": lambda s, b: losses.cdpo(s.logp, b.reference, beta=0.1, epsilon=0.1),
-    "robust_dpo": lambda s, b: losses.robust_dpo(s.logp, b.reference, beta=0.1, epsilon=0.1),
-    "r_dpo": lambda s, b: losses.r_dpo(s.logp, b.reference, s.lengths, beta=0.1, alpha=0.01),
-    "hinge": lambda s, b: losses.hinge(s.logp, b.reference, beta=0.1),
-    "ipo": lambda s, b: losses.ipo(s.logp, b.reference, tau=0.1),
-    "ipo_length_normalised": lambda s, b: losses.ipo_length_normalised(
-        s.logp, b.reference, s.lengths, tau=0.1
-    ),
-    "dpop": lambda s, b: losses.dpop(s.logp, b.reference, beta=0.1, lam=50.0),
-    "sppo": lambda s, b: losses.sppo(s.logp, b.reference, beta=0.001),
-    "simpo": lambda s, b: losses.simpo(s.logp, s.lengths, beta=2.0, gamma=0.5),
-    "slic_hf": lambda s, b: losses.slic_hf(s.logp, delta=1.0, lam=0.1),
-    "cpo": lambda s, b: losses.cpo(s.logp, beta=0.1, alpha=1.0),
-    "cpo_token_mean": lambda s, b: losses.cpo_token_mean(s.logp, s.lengths, beta=0.1, alpha=1.0),
-    "rrhf": lambda s, b: losses.rrhf(s.logp, s.lengths, lam=1.0),
-    "orpo": lambda s, b: losses.orpo(s.logp, s.lengths, lam=0.1),
-    "sft": lambda s, b: losses.sft(s.logp[..., 0]),
+LOSSES: dict[str, pulling.Loss] = {
+    name: pulling.LOSSES[name]
+    for name in (
+        *("dpo", "cdpo", "robust_dpo", "r_dpo", "hinge", "ipo", "ipo_length_normalised", "dpop"),
+        *("sppo", "simpo", "slic_hf", "cpo", "cpo_token_mean", "rrhf", "orpo", "sft"),
+    )
 }
 OPTIMIZERS = {"adam": optax.adam, "rmsprop": torch_rmsprop, "sgd": optax.sgd}
 

@@ -1,0 +1,191 @@
+"""Training under every loss at every rate, and what is measured on the way."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from experiments import common, pulling
+from experiments.loss_comparison.protocol import (
+    Config,
+    drawn,
+    load,
+    look_steps,
+    names,
+    rows_of,
+)
+from jaxpref import gradients, logprobs
+from jaxpref.data import batches
+
+
+class Look(NamedTuple):
+    """Numbers of some parameters, of all pairs of a seed."""
+
+    logp: Any  # [pairs 2], nats
+    entropy: Any  # [pairs 2], mean over the response's positions, nats
+    kl: Any  # [test 2], from the reference, mean over the response's positions, nats
+    hidden: Any  # [test 2 response width]
+
+
+class Programs(NamedTuple):
+    """What a run compiles: each program once, for all losses, rates and seeds."""
+
+    step: Any  # of `pulling.make_step`
+    look: Any  # (params, batch, the reference's hidden states and unembedding) -> Look
+    gram: Any  # (params, arrays) -> [pairs 2 pairs 2]
+
+
+def programs(config: Config, subject: common.Subject, problem: common.Problem) -> Programs:
+    """The losses of the run are branches of one step."""
+    some = {name: pulling.LOSSES[name] for name in names(config)}
+    unembedding = subject.policy.unembedding
+
+    def look(params, batch, first_hidden, first_unembedding):
+        found, table = problem.hidden(params, batch), unembedding(params)
+
+        def mean(values: jax.Array, scored: jax.Array):
+            count = jnp.sum(scored, axis=-1, dtype=values.dtype)
+            return jnp.where(scored, values, 0).sum(axis=-1) / count
+
+        def one(pair):
+            hidden, targets, scored = pair
+            numbers = logprobs.token_statistics(hidden, table, targets, time_chunk=None)
+            return jnp.where(scored, numbers.logp, 0).sum(axis=-1), mean(numbers.entropy, scored)
+
+        def divergence(pair):
+            hidden, first, scored = pair
+            arrays = hidden, table, first, first_unembedding
+            return mean(logprobs.token_kl(*arrays, time_chunk=None), scored)
+
+        logp, entropy = jax.lax.map(one, (found.hidden, found.targets, found.is_target))
+        held = rows_of(config, "test")
+        hidden, scored = found.hidden[held], found.is_target[held]
+        return Look(logp, entropy, jax.lax.map(divergence, (hidden, first_hidden, scored)), hidden)
+
+    def gram(params, arrays):
+        return gradients.gram(problem.logp, params, arrays).gram
+
+    step = pulling.make_step(problem.score, some, common.unit_optimizer(config.optimizer))
+    return Programs(step, jax.jit(look), jax.jit(gram))
+
+
+class Start(NamedTuple):
+    """What all losses of a seed begin from."""
+
+    params: Any
+    batch: Any  # training pairs, validation pairs, test pairs
+    hidden: Any  # of the reference on the test pairs
+    unembedding: Any
+
+
+def begin(
+    config: Config, run: Programs, subject: common.Subject, problem: common.Problem, seed: int
+) -> tuple[Start, dict[str, Any]]:
+    """The start of a seed, and its arrays; the Gram matrix is of training and test pairs."""
+    batch = problem.rows(batches.order(len(problem), drawn(config), seed, 0))
+    trained = jax.tree.map(lambda x: x[rows_of(config, "train")], batch)
+    params = common.supervise(
+        dataclasses.replace(problem, batch=trained), subject.params,
+        optax.adam(config.supervised_rate), steps=config.supervised, batch=config.batch, seed=seed,
+    )  # fmt: skip
+    unembedding = subject.policy.unembedding(params)
+    response = int(problem.batch.is_response.sum(axis=-1).max())
+    nothing = jnp.zeros((config.test, 2, response, unembedding.shape[-1]), unembedding.dtype)
+    batch = batch._replace(reference=np.zeros((drawn(config), 2), np.float32))
+    found = run.look(params, batch, nothing, unembedding)
+    arrays = {
+        "logp": np.asarray(found.logp),
+        "entropy": np.asarray(found.entropy),
+        "lengths": batch.is_response.sum(axis=-1).astype(np.float32),
+    }
+    batch = batch._replace(reference=arrays["logp"])
+    return Start(params, batch, found.hidden, unembedding), arrays
+
+
+def measure(
+    config: Config, run: Programs, start: Start, before: common.Arrays, seed: int, name: str
+) -> dict[str, Any]:
+    """Of a loss ``[rates looks ...]``, without the start, and its first pulls ``[train 2]``."""
+    rows = rows_of(config, "train")
+    logp, lengths = (jnp.asarray(before[key][rows]) for key in ("logp", "lengths"))
+    pull = np.asarray(pulling.pull_at(name, logp, logp, lengths))
+    # One that pulls on no pair, such as a hinge already met, moves nothing at any scale.
+    scale = float(np.sqrt((pull**2).mean())) or 1.0
+    index, wanted = jnp.int32(names(config).index(name)), look_steps(config)
+    found = {"logp": [], "entropy": [], "kl": []}
+    for rate in config.rates:
+        params = jax.tree.map(jnp.copy, start.params)
+        state = common.unit_optimizer(config.optimizer).init(params)
+        sizes, looks = (jnp.float32(scale), jnp.float32(rate)), []
+        for number in tqdm(range(config.updates), f"{name}, {rate:g}", unit="update", leave=False):
+            at = batches.order(config.train, config.batch, seed, number)
+            batch = jax.tree.map(lambda x, at=at: x[at], start.batch)
+            params, state = run.step(params, state, batch, index, *sizes, jnp.bool_(number == 0))
+            if number + 1 in wanted:
+                looks.append(run.look(params, start.batch, start.hidden, start.unembedding))
+        for key, values in found.items():
+            values.append(np.stack([np.asarray(getattr(look, key)) for look in looks]))
+    return {**{key: np.stack(values) for key, values in found.items()}, "pull": pull}
+
+
+def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a run.
+
+    ``logp``, ``entropy [losses seeds rates looks pairs 2]`` and ``kl [losses seeds rates looks
+    test 2]``, the start being the first look; ``pull [losses seeds train 2]`` and
+    ``gram [seeds train+test 2 train+test 2]``, at the start; ``lengths [seeds pairs 2]``;
+    ``step [looks]``, the updates done.
+    """
+    subject, problem = load(config)
+    compiled = functools.cache(lambda: programs(config, subject, problem))
+
+    @functools.lru_cache(maxsize=1)  # one seed's parameters at a time
+    def begun(seed: int) -> tuple[Start, dict[str, Any]]:
+        return begin(config, compiled(), subject, problem, seed)
+
+    def gram(seed: int) -> dict[str, Any]:
+        rows = np.r_[rows_of(config, "train"), rows_of(config, "test")]
+        start = begun(seed)[0]
+        return {"gram": compiled().gram(start.params, tuple(x[rows] for x in start.batch[:3]))}
+
+    def make(seed: int, name: str, before: common.Arrays) -> dict[str, Any]:
+        return measure(config, compiled(), begun(seed)[0], before, seed, name)
+
+    starts, parts = [], {}
+    bar = tqdm(total=config.seeds * len(names(config)), desc="losses", unit="loss")
+    for seed in range(config.seeds):
+        before = common.kept(folder, f"start_{seed}", lambda seed=seed: begun(seed)[1])
+        grams = common.kept(folder, f"gram_{seed}", functools.partial(gram, seed))
+        starts.append({**before, **grams})
+        for name in names(config):
+            job = functools.partial(make, seed, name, before)
+            parts[name, seed] = common.kept(folder, f"{name}_{seed}", job)
+            bar.update()
+    bar.close()
+    return _stacked(config, starts, parts)
+
+
+def _stacked(config: Config, starts, parts) -> dict[str, np.ndarray]:
+    def every(key: str) -> np.ndarray:
+        seeds = range(config.seeds)
+        return np.stack([[parts[name, s][key] for s in seeds] for name in names(config)])
+
+    def with_start(key: str) -> np.ndarray:
+        later = every(key)
+        first = np.stack([start[key] for start in starts])[None, :, None, None]
+        return np.concatenate([np.broadcast_to(first, later[:, :, :, :1].shape), later], axis=3)
+
+    kl = every("kl")
+    return {
+        **{key: with_start(key) for key in ("logp", "entropy")},
+        "kl": np.concatenate([np.zeros_like(kl[:, :, :, :1]), kl], axis=3),
+        "pull": every("pull"),
+        **{key: np.stack([start[key] for start in starts]) for key in ("gram", "lengths")},
+        "step": np.array(look_steps(config)),
+    }

@@ -1,0 +1,128 @@
+"""The settings, and the pairs they are shown."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from experiments import common, pulling
+from jaxpref.data import files, pairs, preferences
+from jaxpref.models import pretrained
+
+FAMILIES = (
+    *("pairwise", "links", "f_dpo", "anchored", "transport", "reference_free"),
+    *("listwise", "logic", "batch", "unpaired"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All that decides the numbers; hyperparameters of the losses are their defaults."""
+
+    losses: tuple[str, ...] = ()
+    """Names; by default all of the catalogue that read log-probabilities of responses alone."""
+    rates: tuple[float, ...] = (2e-6, 5e-6, 1.5e-5)
+    """Learning rates, of which the validation pairs choose one for each loss."""
+    optimizer: common.Optimizer = "adam"
+    updates: int = 4
+    batch: int = 4
+    """Pairs of an update."""
+    looks: int = 2
+    """Moments of measurement after the start, evenly spaced; the last is the end."""
+    train: int = 8
+    """Pairs trained on; every seed draws others."""
+    validation: int = 8
+    """Pairs that choose the rate."""
+    test: int = 8
+    """Pairs that choose nothing."""
+    seeds: int = 1
+    """Each draws pairs, and their order."""
+    supervised: int = 0
+    """Updates of Adam on the training pairs' chosen responses before."""
+    supervised_rate: float = 1e-3
+    limit: int = 28
+    """Most tokens of prompt and response; longer pairs are not used."""
+    model: str | None = None
+    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
+    data: str | None = None
+    """A JSONL file of pairs or of HH-RLHF, also packed (.gz); by default the shipped pairs."""
+
+
+SMOKE = Config(
+    losses=("dpo", "simpo", "sft"), rates=(5e-6, 5e-5), updates=2, batch=2, train=2, validation=2,
+    test=2,
+)  # fmt: skip
+
+
+def names(config: Config) -> list[str]:
+    """The losses of a run, by family."""
+    wanted = config.losses or tuple(pulling.LOSSES)
+    order = {name: i for i, name in enumerate(FAMILIES)}
+    key = {name: order.get(pulling.family(name), len(order)) for name in wanted}
+    return sorted(wanted, key=lambda name: (key[name], name))
+
+
+def look_steps(config: Config) -> list[int]:
+    """Updates done at each look, 0 first."""
+    wanted = np.linspace(0, config.updates, config.looks + 1)
+    return list(dict.fromkeys(round(float(x)) for x in wanted))
+
+
+def drawn(config: Config) -> int:
+    """Pairs of a seed: training, then validation, then test."""
+    return config.train + config.validation + config.test
+
+
+def rows_of(config: Config, part: str) -> slice:
+    """Which of a seed's pairs are ``train``, ``validation`` or ``test``."""
+    sizes = {name: getattr(config, name) for name in ("train", "validation", "test")}
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
+    return slice(ends[part] - sizes[part], ends[part])
+
+
+def _check(config: Config) -> None:
+    positive = ("updates", "batch", "looks", "train", "validation", "test", "seeds")
+    for name in positive:
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    if config.supervised < 0:
+        raise ValueError(f"supervised: got {config.supervised}, expected at least 0")
+    if not config.supervised_rate > 0:
+        raise ValueError(f"supervised_rate: got {config.supervised_rate}, expected above 0")
+    rates = config.rates
+    if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
+        raise ValueError(f"rates: got {rates}, expected numbers above 0, rising")
+    if config.batch > config.train:
+        raise ValueError(f"batch: got {config.batch}, expected at most the {config.train} pairs")
+    for name in config.losses:
+        if name in pulling.EXCLUDED:
+            raise ValueError(f"losses: got {name}, which {pulling.EXCLUDED[name]}")
+        if name not in pulling.LOSSES:
+            raise ValueError(f"losses: got {name}, expected names of the catalogue")
+    if len(set(config.losses)) != len(config.losses):
+        raise ValueError(f"losses: got {config.losses}, expected names, each once")
+
+
+def load(config: Config) -> tuple[common.Subject, common.Problem]:
+    """Model and pairs of a run; raises for settings that cannot be run.
+
+    Of the pairs that fit a fixed sample is taken, as many as all seeds draw together.
+    """
+    _check(config)
+    texts = files.read_pairs(config.data, bad="drop") if config.data else preferences.load()
+    subject = common.open_model(config.model, scan=True)
+    usable, _ = pairs.encode(texts, subject.tokenizer, end=None, limit=config.limit,
+                             too_long="drop")  # fmt: skip
+    if (count := drawn(config)) > len(usable):
+        raise ValueError(
+            f"train, validation, test: got {count} pairs, expected at most the {len(usable)} that"
+            f" fit into {config.limit} tokens"
+        )
+    pool = np.random.default_rng(0).permutation(len(usable))[: config.seeds * count]
+    return subject, common.token_problem(subject.policy, [usable[i] for i in pool])
+
+
+def hashes(config: Config) -> dict[str, str]:
+    """Of model and data, for the provenance."""
+    subject, problem = load(config)
+    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
