@@ -20,13 +20,13 @@ lint: .venv/test
 parity: .venv/parity
 	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
 
-# Two versions of TRL, an environment each: they want different versions of transformers.
-parity-trl: parity-trl-0.28.0 parity-trl-1.16.0
+# TRL 0.28.0 and 1.16.0, an environment each: they want different versions of transformers.
+parity-trl: parity-trl-0 parity-trl-1
 
 parity-trl-%: pyproject.toml
 	test -x .venv-trl-$*/bin/python || $(PYTHON) -m venv .venv-trl-$*
 	.venv-trl-$*/bin/python -m pip install --quiet --editable '.[parity-trl-$*]'
-	.venv-trl-$*/bin/python -m pytest tests/parity_trl/test_$(subst .,_,$*).py --override-ini=norecursedirs= --override-ini=filterwarnings=
+	.venv-trl-$*/bin/python -m pytest tests/parity_trl/test_trl_$*.py --override-ini=norecursedirs= --override-ini=filterwarnings=
 
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.train_step
