@@ -81,14 +81,10 @@ def rows_of(config: Config, part: str) -> slice:
 
 
 def _check(config: Config) -> None:
-    positive = ("updates", "batch", "looks", "train", "validation", "test", "seeds")
-    for name in positive:
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if config.supervised < 0:
-        raise ValueError(f"supervised: got {config.supervised}, expected at least 0")
-    if not config.supervised_rate > 0:
-        raise ValueError(f"supervised_rate: got {config.supervised_rate}, expected above 0")
+    counts = ("updates", "batch", "looks", "train", "validation", "test", "seeds")
+    common.at_least(1, config, *counts)
+    common.at_least(0, config, "supervised")
+    common.above(0, config, "supervised_rate")
     rates = config.rates
     if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
         raise ValueError(f"rates: got {rates}, expected numbers above 0, rising")
