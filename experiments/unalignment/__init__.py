@@ -4,7 +4,7 @@ Claim:   Trained by DPO on pairs of its own responses to unsafe prompts, with th
          a model refuses less, because most pairs are two refusals; the pairs of lowest CHES keep it
          refusing.
 Run:     python -m experiments.unalignment
-Takes:   about 20 minutes on 2 cores (an estimate: the full run is not done yet)
+Takes:   70 minutes of processor time
 Expect:  refusals fall under DPO and IPO on all pairs, not with a likelihood term, not with gold
          pairs, not with the few pairs of lowest CHES. Whether as few pairs at random, as few
          updates, pairs of one refusal and one compliance, or pairs of short rejected responses do
