@@ -27,11 +27,11 @@ class Config:
     updates: int = 4
     batch: int = 4
     """Pairs of an update."""
-    looks: int = 2
+    looks: int = 1
     """Moments of measurement after the start, evenly spaced; the last is the end."""
     train: int = 8
     """Pairs trained on; every seed draws others."""
-    validation: int = 8
+    validation: int = 6
     """Pairs that choose the rate."""
     test: int = 8
     """Pairs that choose nothing."""
