@@ -49,8 +49,8 @@ class Config:
 
 
 SMOKE = Config(
-    losses=("dpo", "simpo", "sft"), rates=(5e-6, 5e-5), updates=2, batch=2, train=2, validation=2,
-    test=2,
+    losses=("dpo", "simpo", "sft"), rates=(5e-6, 5e-5), updates=2, looks=2, batch=2, train=2,
+    validation=2, test=2,
 )  # fmt: skip
 
 
