@@ -1,0 +1,29 @@
+"""A Gram matrix the plain way, and the fast one held against it."""
+
+import functools
+
+import jax
+import numpy as np
+
+from jaxpref import gradients
+
+
+def naive(logp_fn, params, examples, weights=None):
+    """Gram of flattened gradients ``[examples outputs entries]``."""
+    jacobian = jax.jit(jax.vmap(jax.jacrev(logp_fn), (None, 0)))(params, examples)
+    leaves = list(zip(jax.tree.leaves(jacobian), jax.tree.leaves(params), strict=True))
+    rows = [np.reshape(g, (len(g), -1, leaf.size)) for g, leaf in leaves]
+    flat, scale = np.concatenate(rows, axis=2), np.ones(())
+    if weights is not None:
+        scale = np.concatenate([np.ravel(x) for x in jax.tree.leaves(weights)])
+    return np.einsum("iap,jbp->iajb", flat * scale, flat)
+
+
+def check(logp_fn, params, examples, metric=None):
+    """Fast against naive; returns what was found."""
+    fast = jax.jit(functools.partial(gradients.gram, logp_fn))
+    found = fast(params, examples, metric=metric)
+    expected = naive(logp_fn, params, examples, metric).reshape(found.gram.shape)
+    # Of float64: 1e-9 of the largest entry, four digits above the rounding of the longest sums.
+    np.testing.assert_allclose(found.gram, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
+    return found

@@ -1,0 +1,293 @@
+"""`jaxpref.gradients`: the rules of the fast Gram matrix on odd functions, and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grams import check
+
+from jaxpref import gradients
+from jaxpref.gradients import contractions
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+X = jax.random.normal(jax.random.key(0), (3, 5, 4), jnp.float64)
+IDS = jax.random.randint(jax.random.key(1), (3, 5), 0, 4)
+W = jax.random.normal(jax.random.key(2), (4, 4), jnp.float64)
+LAYERS = jax.random.normal(jax.random.key(3), (3, 4, 4), jnp.float64)
+
+
+def same_way_twice(W, x):
+    return jnp.tanh(jnp.tanh(x @ W) @ W).sum()
+
+
+def both_ways(W, x):
+    return jnp.tanh(jnp.tanh(x @ W) @ W.T).sum()
+
+
+def both_ways_turned(W, x):
+    return jnp.tanh(jnp.tanh(x @ W.T) @ W).sum()
+
+
+def in_a_loop(W, x):
+    return jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ W[i]), x).sum()
+
+
+def under_a_branch(W, x):
+    return jax.lax.cond(x[0, 0] > 0, lambda x: (x @ W).sum(), lambda x: jnp.sin(x @ W.T).sum(), x)
+
+
+def scan_over(W, x):
+    return jax.lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0].sum()
+
+
+def scan_twice(W, x):
+    return scan_over(W, jnp.sin(jax.lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]))
+
+
+def scan_over_two_copies(W, x):
+    def step(x, both):
+        return jnp.tanh(jnp.tanh(x @ both[0]) @ both[1].T), None
+
+    return jax.lax.scan(step, x, (W, W))[0].sum()
+
+
+def scan_over_it_beside(W, x):
+    return scan_over(W, x) + jnp.sin(x @ W[0]).sum()
+
+
+def scan_with_it_constant(W, x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ W), None), x, None, length=3)[0].sum()
+
+
+def scan_of_scans(W, x):
+    def step(x, W):
+        return jax.lax.scan(lambda x, W: (jnp.tanh(x @ W + W[:1]), None), x, W)[0], None
+
+    return jax.lax.scan(step, x, W.reshape(3, 1, 4, 4))[0].sum()
+
+
+def scan_of_scans_reshaped(W, x):
+    def step(x, W):
+        return jax.lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0], None
+
+    return jax.lax.scan(step, x, W.reshape(3, 1, 4, 4))[0].sum()
+
+
+def scan_over_a_transpose(W, x):
+    return jax.lax.scan(lambda x, W: (jnp.tanh(x[:, :3] @ W), None), x, W.transpose(1, 0, 2))[
+        0
+    ].sum()
+
+
+def scan_inside_a_layer(W, x):
+    def row(x, w):
+        return jnp.tanh(x + x @ jnp.outer(w, w)), None
+
+    return jax.lax.scan(lambda x, W: (jax.lax.scan(row, x, W)[0], None), x, W)[0].sum()
+
+
+def checkpoint_of_two(W, x):
+    return jax.checkpoint(lambda a, b: jnp.tanh(jnp.tanh(x @ a) @ b).sum())(W, W)
+
+
+def jit_called_twice(W, x):
+    layer = jax.jit(lambda x: jnp.tanh(x @ W))
+    return layer(layer(x)).sum()
+
+
+def own_derivative(W, x):
+    @jax.custom_vjp
+    def f(W, x):
+        return x @ W
+
+    f.defvjp(lambda W, x: (x @ W, (W, x)), lambda res, dy: (res[1].T @ dy, dy @ res[0].T))
+    return jnp.sin(f(W, x)).sum()
+
+
+def heads(W, x):
+    return jnp.tanh(jnp.einsum("td,dhk->thk", x, W.reshape(4, 2, 2))).sum()
+
+
+def weight_norm(W, x):
+    return jnp.tanh(x @ (W / jnp.linalg.norm(W, axis=0)[None])).sum()
+
+
+def stopped(W, x):
+    return jnp.tanh(x @ jax.lax.stop_gradient(W)).sum() + jnp.sin(x @ W).sum()
+
+
+def product_with_itself(W, x):
+    return (x @ jnp.sin(W @ W)).sum()
+
+
+def on_the_left(W, x):
+    return jnp.tanh(W @ x.T).sum()
+
+
+def to_numbers(W, x):
+    return jnp.sin(jnp.einsum("td,td->", x, jnp.tanh(x @ W))) + jnp.vdot(W[0], x[0])
+
+
+def convolution(W, x):
+    kernel = W.reshape(1, 4, 4)
+    return jnp.sin(
+        jax.lax.conv_general_dilated(
+            x[None], kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+    ).sum()
+
+
+ODD = [same_way_twice, both_ways, both_ways_turned, under_a_branch, scan_with_it_constant]
+ODD += [checkpoint_of_two, jit_called_twice, own_derivative, heads, weight_norm, stopped]
+ODD += [product_with_itself, on_the_left, to_numbers, convolution]
+STACKED = [
+    in_a_loop,
+    scan_over,
+    scan_twice,
+    scan_over_two_copies,
+    scan_over_it_beside,
+    scan_of_scans,
+    scan_of_scans_reshaped,
+    scan_over_a_transpose,
+    scan_inside_a_layer,
+]
+
+
+@pytest.mark.parametrize("fn", [*ODD, *STACKED], ids=lambda fn: fn.__name__)
+def test_odd_functions_equal_plain_gradients(fn):
+    params = LAYERS if fn in STACKED else W
+    check(fn, params, X)
+    weights = 1 + jnp.cos(jnp.arange(params.size)).reshape(params.shape)
+    check(fn, params, X, metric=weights)
+
+
+def read_fill(W, ids):
+    return jnp.sin(jnp.take(W, ids, axis=0, mode="fill", fill_value=0)).sum()
+
+
+def read_clip(W, ids):
+    return jnp.sin(jnp.take(W, ids, axis=0, mode="clip")).sum()
+
+
+def read_columns(W, ids):
+    return jnp.sin(W[:, ids]).sum()
+
+
+def read_turned(W, ids):
+    return jnp.sin(W.T[ids]).sum()
+
+
+def read_and_multiply(W, ids):
+    return jnp.sin(jnp.tanh(W[ids]) @ W.T + W[ids[::-1]]).sum() + jnp.cos(W[ids] @ W).sum()
+
+
+def read_entries(W, ids):
+    return jnp.sin(W[ids, ids[::-1]]).sum()
+
+
+READS = [read_fill, read_clip, read_columns, read_turned, read_and_multiply, read_entries]
+
+
+@pytest.mark.parametrize("fn", READS, ids=lambda fn: fn.__name__)
+def test_tables_equal_plain_gradients(fn):
+    beyond = IDS.at[0, 1].set(7).at[1, 2].set(-9)
+    ids = beyond if fn in (read_fill, read_clip) else IDS
+    check(fn, W, ids)
+    check(fn, W, ids, metric=1 + jnp.cos(jnp.arange(W.size)).reshape(W.shape))
+
+
+@pytest.mark.parametrize("examples", [X, IDS], ids=["inputs", "ids"])
+def test_several_outputs_of_an_example(examples):
+    def three(W, x):
+        x = W[x] if x.ndim == 1 else x
+        return jnp.tanh(jnp.tanh(x @ W) @ W.T + x).sum(axis=0)[:3]
+
+    assert check(three, W, examples).gram.shape == (3, 3, 3, 3)
+
+
+@pytest.mark.parametrize("rule", ["tokens", "rows"])
+def test_several_outputs_of_a_parameter_that_is_used_once(rule):
+    wide = jax.random.normal(jax.random.key(3), (9, 9), jnp.float64)
+    inputs = X[:, :2] @ wide[:4] / 9
+
+    def three(W, x):  # blocks between two examples are not symmetric
+        y = W[x] if rule == "rows" else x @ W
+        return jnp.tanh(jnp.cumsum(y, axis=0) @ wide[:, :3] / 9).sum(axis=0)
+
+    examples = IDS if rule == "rows" else inputs
+    examples = jnp.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
+    assert len(examples) > contractions.UNROLLED
+    assert gradients.explain(three, wide, examples) == {"": rule}
+    gram = check(three, wide, examples).gram
+    assert abs(gram - gram.transpose(0, 3, 2, 1)).max() > 1e-3
+
+
+def test_an_unused_parameter_has_a_part_of_zero():
+    params = {"used": W, "not": jnp.ones((2, 2))}
+    found = check(lambda p, x: jnp.tanh(x @ p["used"]).sum(), params, X)
+    assert not found.by_parameter["not"].any()
+    rules = gradients.explain(lambda p, x: jnp.tanh(x @ p["used"]).sum(), params, X)
+    assert rules["['not']"] == "unused"
+
+
+def test_low_rank_adapters():
+    params = {"down": W[:, :2], "up": W[:2]}
+
+    def logp_fn(params, x):
+        return jnp.tanh(x @ W + (x @ params["down"]) @ params["up"]).sum()
+
+    check(logp_fn, params, X)
+
+
+def test_bfloat16_products_are_summed_in_float32():
+    params = W.astype(jnp.float32)
+
+    def logp_fn(params, x):
+        y = jnp.tanh(x.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16))
+        return y.astype(jnp.float32).sum()
+
+    found = gradients.gram(logp_fn, params, X)
+    assert found.gram.dtype == jnp.float32
+    x = np.asarray(X.astype(jnp.bfloat16), np.float64)
+    slopes = [
+        jax.grad(lambda y: jnp.tanh(y).astype(jnp.float32).sum())(
+            jnp.asarray(a, jnp.bfloat16) @ params.astype(jnp.bfloat16)
+        )
+        for a in x
+    ]
+    flat = np.stack(
+        [(a.T @ np.asarray(dy, np.float64)).ravel() for a, dy in zip(x, slopes, strict=True)]
+    )
+    np.testing.assert_allclose(found.gram, flat @ flat.T, rtol=1e-5)
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match=r"params\['ids'\]: got int32, expected floating"):
+        gradients.gram(lambda p, x: (x @ p["W"]).sum(), {"W": W, "ids": jnp.zeros(2, jnp.int32)}, X)
+    with pytest.raises(ValueError, match=r"metric: got \(2,\), expected \(4, 4\)"):
+        gradients.gram(same_way_twice, W, X, metric=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"logp_fn: got shape \(5, 4\)"):
+        gradients.gram(lambda W, x: x @ W, W, X)
+    with pytest.raises(ValueError, match="logp of pair 1: got"):
+        gradients.pair_grams(
+            lambda W, x: jnp.log(x @ W[:, 0]).sum(),
+            jnp.eye(4),
+            jnp.array([[[1.0] * 4] * 2, [[1.0] * 4, [-1.0] * 4]]),
+        )
+    with pytest.raises(ValueError, match="chunk: got 0"):
+        gradients.pair_grams(same_way_twice, W, X[None, :2], chunk=0)
+    with pytest.raises(ValueError, match="expected two a pair"):
+        gradients.pair_grams(same_way_twice, W, X[None])
+
+
+def test_long_inner_products_keep_their_small_terms():
+    """As long as an embedding table: one running sum in float32 would stop growing."""
+    tenth = np.float32(0.1)
+    x = jnp.full((2**24 + 3,), tenth, jnp.float32)
+    exact = x.size * float(tenth) ** 2
+    assert float(contractions.inner(x, x)) == pytest.approx(exact, rel=1e-6)
+    found = gradients.pair_gram(lambda w, x: (w * x).sum(), jnp.zeros_like(x), jnp.stack([x, -x]))
+    np.testing.assert_allclose(found, exact * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
+    found = gradients.gram(lambda w, x: (w * x).sum(), jnp.zeros_like(x), jnp.stack([x, -x]))
+    np.testing.assert_allclose(found.gram, exact * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
