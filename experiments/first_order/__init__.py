@@ -4,7 +4,7 @@ Claim:   To first order, an optimizer's step changes each log-probability by the
          its gradient with the step. For a small enough learning rate nothing else matters, whatever
          the optimizer, its momentum and its clipping; above some learning rate the theory ends.
 Run:     python -m experiments.first_order
-Takes:   about 25 minutes on 2 cores
+Takes:   about 25 minutes on 2 cores, 13 GB of memory
 Expect:  after one step the points lie on the diagonal over several decades of the learning rate;
          after ten steps, predicted from the first gradient alone, the range is shorter. A pair's
          own Gram matrix, without its neighbours in the batch, predicts less.
