@@ -89,7 +89,7 @@ COMPARED = {  # the parity tests hold values and pulls against these, and assert
         "cpo": "agrees without likelihood term",
         "discopop": "agrees; not a number where the pair is far wrong",
         "dpo": AGREES,
-        "exo_pair": "agrees; infinite for an `epsilon` of 0",
+        "exo_pair": "agrees; its trainer refuses an `epsilon` of 0",
         "f_dpo_alpha": "agrees at a coefficient of `1 - alpha`; beyond an exponent of 80 no pull",
         "f_dpo_forward_kl": AGREES,
         "f_dpo_jensen_shannon": AGREES,

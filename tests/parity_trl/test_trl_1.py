@@ -245,6 +245,7 @@ def test_ipo_is_not_of_sums_there():
 
 
 def test_exo_without_smoothing_is_infinite_there():
+    """Which is why its trainer refuses it, when it is made."""
     assert dpo("exo_pair", torch.tensor(TOKEN_LOGP)).item() == np.inf
     assert np.isfinite(ours_of(losses.exo_pair))
 
