@@ -3,7 +3,7 @@
 Claim:   Which responses a loss raises and lowers can be told before training, from its pull and the
          Gram matrix of the pairs at the start.
 Run:     python -m experiments.loss_comparison
-Takes:   about 50 minutes on 2 cores (estimate)
+Takes:   about 40 minutes on 2 cores
 Expect:  losses with a likelihood term raise the chosen, losses of the rejected alone lower both; at
          so few updates all losses of pull ratio 1 do nearly the same.
 Source:  the formulas of `jaxpref.losses`; prediction: Yuan et al. (2024), Section 3,
