@@ -159,6 +159,11 @@ def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
     return Problem(found, score, hidden, logp, sha256(encoded))
 
 
+def hashes(subject: Subject, problem: Problem) -> dict[str, str]:
+    """Of model and pairs, for a run's provenance."""
+    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+
+
 def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
     """Log-probabilities ``[pairs 2]`` and their exact first-order change along a direction."""
 

@@ -8,7 +8,6 @@ import numpy as np
 from experiments import common
 from jaxpref.data import files, preferences
 from jaxpref.data.pairs import TokenPair, encode
-from jaxpref.models import pretrained
 
 SCORES = {  # larger: a fall of the chosen response is expected
     "ches": "CHES",
@@ -105,7 +104,7 @@ def load(config: Config) -> Loaded:
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
     found = load(config)
-    return {"model": pretrained.hash_params(found.subject.params), "data": found.problem.digest}
+    return common.hashes(found.subject, found.problem)
 
 
 def quantile_slice(scores: np.ndarray, percentile: float, size: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import optax
 
 from experiments import common, pulling
 from jaxpref.data import files, pairs, preferences
-from jaxpref.models import pretrained
 from jaxpref.training.optimizers import torch_rmsprop
 
 # (scores, batch) -> [pairs]; hyperparameters as in the papers or their code. `sft` is a control:
@@ -122,5 +121,4 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from experiments import common
 from jaxpref.data import files, preferences
-from jaxpref.models import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,5 +84,4 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))

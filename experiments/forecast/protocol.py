@@ -6,7 +6,6 @@ import numpy as np
 
 from experiments import common
 from jaxpref.data import batches, files, preferences
-from jaxpref.models import pretrained
 
 TEXT, FORWARD, GRAM = "none", "1 forward", "1 forward, 1 backward a response"
 SIGNALS = {  # larger: a fall of the chosen response is expected; what each costs a pair
@@ -74,8 +73,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))
 
 
 def rows(config: Config, problem: common.Problem, seed: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import numpy as np
 
 from experiments import common, pulling
 from jaxpref.data import files, pairs, preferences
-from jaxpref.models import pretrained
 
 FAMILIES = (
     *("pairwise", "links", "f_dpo", "anchored", "transport", "reference_free"),
@@ -120,5 +119,4 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))

@@ -12,7 +12,6 @@ from experiments.mitigations.methods import MASKS, pull_methods
 from experiments.mitigations.protocol import Config
 from jaxpref import gradients, logprobs
 from jaxpref.data import batches, files, preferences, sentiment
-from jaxpref.models import pretrained
 from jaxpref.training import mitigations
 
 
@@ -44,8 +43,7 @@ def _texts(config: Config) -> list[files.TextPair]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))
 
 
 class Programs(NamedTuple):

@@ -8,7 +8,6 @@ import numpy as np
 
 from experiments import common
 from jaxpref.data import batches, files, sentiment
-from jaxpref.models import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +102,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    subject, problem = load(config)
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return common.hashes(*load(config))
 
 
 def rows_of(config: Config, part: Part) -> tuple[np.ndarray, np.ndarray]:
