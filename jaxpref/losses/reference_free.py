@@ -235,8 +235,8 @@ def orpo(
 
     Differs:
         The authors' code and TRL include the prompt's tokens in the likelihood term by default;
-        tunix takes sums for means by default, which makes odds probabilities. Several libraries
-        take the logarithm of ``1 - e^a`` as written, which is infinite for certain responses.
+        tunix 0.1.7 has the odds of sums, nearly probabilities. Several libraries take the logarithm
+        of ``1 - e^a`` as written, which is infinite for certain responses.
 
     References:
         Hong et al. (2024), Eqs. 6 and 7, https://arxiv.org/abs/2403.07691

@@ -1,7 +1,7 @@
 """Losses agree with TRL 0.28.0 on random pairs, value and pulls; where they differ, it is asserted.
 
 TRL 0.28.0 is the last version whose losses are functions of log-probabilities. It needs an older
-transformers than the other comparisons, so it has an environment of its own: `make parity-trl`.
+transformers than the other comparisons, so it has an environment of its own: `make parity-trl-0`.
 """
 
 import types

@@ -1,7 +1,8 @@
 """Losses agree with TRL 1.16.0 on random pairs, value and pulls; where they differ, it is asserted.
 
 Its trainers take log-probabilities of tokens from the model, so a stand-in for the model is enough.
-TRL 0.28.0, whose losses differ in places, has tests and an environment of its own.
+TRL 0.28.0, whose losses differ in places, has tests and an environment of its own. These
+are run by `make parity-trl-1`.
 """
 
 import collections
