@@ -1,22 +1,18 @@
 """`experiments.ches_percentiles` on a tiny model: its subsets, changes, resume, command line."""
 
-import contextlib
 import dataclasses
 import functools
 import gzip
-import io
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 from experiments import ches_percentiles as lab
 from experiments.ches_percentiles import measure, protocol, summary
-from experiments.ches_percentiles.__main__ import main
 from jaxpref import losses
 from jaxpref.data import batches
 
@@ -30,16 +26,7 @@ def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
     config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=RATE)
-    flags = ["--model", config.model, "--rate", str(RATE), "--scores", *config.scores]
-    for name in ("pairs", "subset", "batch", "resamples", "limit"):
-        flags += [f"--{name}", str(getattr(config, name))]
-    flags += ["--percentiles", "0", "100"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["ches_percentiles", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "ches_percentiles" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 @pytest.fixture(scope="module")
@@ -183,17 +170,10 @@ def test_the_verdict_follows_the_numbers(made, arrays):
     assert told[1].count("it did not order them to begin with") >= 1
 
 
-def test_a_killed_run_ends_with_the_same_bits(made, arrays, tmp_path):
-    config, folder, _ = made
-    parts = sorted((folder / "parts").iterdir())
-    (tmp_path / "parts").mkdir()
-    for file in parts:
-        if file.name not in ("0_dpo_ches_100.npz", "0_ipo_random_0.npz"):
-            (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name in arrays:
-        np.testing.assert_array_equal(again[name], arrays[name], err_msg=name)
-    assert sorted(x.name for x in (tmp_path / "parts").iterdir()) == [x.name for x in parts]
+def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
+    config, folder, *_ = made
+    lost = ("0_dpo_ches_100", "0_ipo_random_0")
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
 def test_a_subset_of_two_scores_is_trained_once(made, arrays, loaded, monkeypatch):

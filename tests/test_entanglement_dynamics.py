@@ -1,8 +1,6 @@
 """`experiments.entanglement_dynamics` on a tiny model: numbers, resume, command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import sys
@@ -13,10 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
+import smoke
 
 import experiments.entanglement_dynamics as lab
 from experiments import common
-from experiments.entanglement_dynamics.__main__ import main
 from jaxpref import losses
 from jaxpref.data import batches
 from jaxpref.training.step import init_state, make_step
@@ -67,17 +65,7 @@ def made(tiny_model, tmp_path_factory):
         lab.SMOKE, losses=("dpo", "simpo", "dpop", "sft"), model=str(tiny_model),
         data=written(cwd, 8), supervised=1, supervised_rate=1e-3, rate=1e-3, limit=32,
     )  # fmt: skip
-    flags = []
-    for field in dataclasses.fields(config):
-        if (value := getattr(config, field.name)) != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{field.name.replace('_', '-')}", *map(str, values)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["entanglement_dynamics", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "entanglement_dynamics" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +202,9 @@ def test_the_summary_says_what_the_arrays_hold(made, arrays):
     assert rows["dpo"]["inside"] == pytest.approx(inside.mean())
 
 
-def test_a_killed_run_ends_with_the_same_bits(made, arrays, tmp_path):
-    config, folder, _ = made
-    (tmp_path / "parts").mkdir()
-    for file in sorted((folder / "parts").iterdir()):
-        if file.name != "simpo_1.npz":
-            (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(again[name], array, err_msg=name)
+def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
+    config, folder, *_ = made
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, ("simpo_1",))
 
 
 def test_every_loss_pulls_as_its_own_derivative():

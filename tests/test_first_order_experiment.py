@@ -1,20 +1,16 @@
 """`experiments.first_order` on a tiny model: its numbers, its resume, its command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 import experiments.first_order as lab
 from experiments import common
-from experiments.first_order.__main__ import main
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
 from jaxpref.models import pretrained
@@ -39,17 +35,7 @@ def made(tiny_model, tmp_path_factory):
         lab.SMOKE, model=str(tiny_model), optimizers=("sgd", "adam"), clips=(0.5,),
         sgd_rates=RATES, adam_rates=RATES,
     )  # fmt: skip
-    flags = ["--model", str(tiny_model), "--optimizers", "sgd", "adam", "--clips", "0.5"]
-    for name in ("sgd", "adam"):
-        flags += [f"--{name}-rates", *map(str, RATES)]
-    for name in ("pairs", "others", "steps", "warm", "seeds"):
-        flags += [f"--{name}", str(getattr(config, name))]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["first_order", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "first_order" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 def test_a_run_leaves_everything_behind(made):
@@ -111,15 +97,9 @@ def test_the_batch_is_predicted_by_the_gram_of_all_its_pairs(made):
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
-    config, folder, _ = made
-    once = dict(np.load(folder / "arrays.npz"))
-    (tmp_path / "parts").mkdir()
-    kept = sorted((folder / "parts").iterdir())
-    for file in kept[1:]:
-        (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name in once:
-        np.testing.assert_array_equal(again[name], once[name], err_msg=name)
+    config, folder, *_ = made
+    lost = sorted(part.stem for part in (folder / "parts").iterdir())[:1]
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
 def test_r_squared_by_hand():

@@ -1,20 +1,16 @@
 """`experiments.forecast` on a tiny model: its numbers, its resume, its command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 import experiments.forecast as lab
-from experiments.forecast.__main__ import main
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -31,14 +27,7 @@ def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
     config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=1e-4)
-    flags = ["--model", str(tiny_model), "--rate", "1e-4", "--alone", "1", "2"]
-    flags += ["--together", "1", "2", "--pairs", "4", "--batch", "2", "--resamples", "50"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["forecast", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "forecast" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 def test_a_run_leaves_everything_behind(made):
@@ -105,14 +94,9 @@ def test_embedding_signals_by_a_loop(made):
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
-    config, folder, _ = made
-    once = dict(np.load(folder / "arrays.npz"))
-    (tmp_path / "parts").mkdir()
-    for file in sorted((folder / "parts").iterdir())[1:]:
-        (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name in once:
-        np.testing.assert_array_equal(again[name], once[name], err_msg=name)
+    config, folder, *_ = made
+    lost = sorted(part.stem for part in (folder / "parts").iterdir())[:1]
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
 def test_auc_counts_the_pairs_in_order():

@@ -149,6 +149,14 @@ def test_a_mahalanobis_kernel_of_one_variance_is_rbf():
     np.testing.assert_allclose(one, KERNELS["rbf"][1], rtol=1e-9)
 
 
+def test_embeddings_get_the_gradient_of_a_mahalanobis_kernel_and_its_precision_none():
+    x, y, precision = jnp.array([1.0, 2.0]), jnp.array([0.0, 4.0]), jnp.diag(jnp.array([4.0, 9.0]))
+    slopes = jax.grad(losses.log_mahalanobis_kernel, argnums=(0, 1, 2))(x, y, precision)
+    by_hand = np.array([-4.0, 18.0])  # -precision (x - y)
+    for found, expected in zip(slopes, (by_hand, -by_hand, np.zeros((2, 2))), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_kernels_of_far_embeddings_have_finite_logarithms_in_float32():
     far, near = jnp.full(3, 100.0, jnp.float32), jnp.zeros(3, jnp.float32)
     single = [x.astype(jnp.float32) for x in TWO]

@@ -1,8 +1,6 @@
 """`experiments.loss_comparison` on a tiny model: numbers, choice of the rate, resume, command."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import sys
 
@@ -11,10 +9,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 import experiments.loss_comparison as lab
 from experiments import pulling
-from experiments.loss_comparison.__main__ import main
 from jaxpref.data import batches
 from jaxpref.logprobs import Scores
 from jaxpref.losses import __main__ as catalogue
@@ -58,17 +56,7 @@ def made(tiny_model, tmp_path_factory):
         lab.SMOKE, losses=("dpo", "sft", "kto"), rates=(1e-3, 3e-3), train=4,
         model=str(tiny_model), data=str(cwd / "pairs.jsonl"),
     )  # fmt: skip
-    flags = []
-    for field in dataclasses.fields(config):
-        if (value := getattr(config, field.name)) != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{field.name}", *map(str, values)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["loss_comparison", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "loss_comparison" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +155,9 @@ def test_predictions_are_sums_of_the_grams(made, arrays):
     np.testing.assert_allclose(pull, np.array([[-0.05, 0.05]] * 4), rtol=1e-5)
 
 
-def test_a_killed_run_ends_with_the_same_bits(made, arrays, tmp_path):
-    config, folder, _ = made
-    (tmp_path / "parts").mkdir()
-    for file in sorted((folder / "parts").iterdir()):
-        if file.name != "kto_0.npz":
-            (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(again[name], array, err_msg=name)
+def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
+    config, folder, *_ = made
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, ("kto_0",))
 
 
 def test_every_loss_of_the_catalogue_is_here_or_left_out_by_name():

@@ -1,21 +1,17 @@
 """`experiments.mitigations` on a tiny model: its numbers, its resume, its command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 from experiments import mitigations as lab
 from experiments.mitigations import measure, methods, start, summary
-from experiments.mitigations.__main__ import main
 from jaxpref import losses
 from jaxpref.training import mitigations
 
@@ -38,15 +34,7 @@ def made(tiny_model, tmp_path_factory):
     config = dataclasses.replace(
         lab.SMOKE, model=str(tiny_model), methods=METHODS, optimizers=("sgd", "adam"), length=0.05
     )
-    flags = ["--model", str(tiny_model), "--methods", *METHODS, "--optimizers", "sgd", "adam"]
-    for name in ("pairs", "batch", "updates", "every", "seeds", "length"):
-        flags += [f"--{name}", str(getattr(config, name))]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["mitigations", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "mitigations" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 def test_a_run_leaves_everything_behind(made):
@@ -81,14 +69,9 @@ def test_normalised_pairs_are_ideal_at_the_start(made):
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
-    config, folder, _ = made
-    once = dict(np.load(folder / "arrays.npz"))
-    (tmp_path / "parts").mkdir()
-    for file in sorted((folder / "parts").iterdir())[2:]:
-        (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name in once:
-        np.testing.assert_array_equal(again[name], once[name], err_msg=name)
+    config, folder, *_ = made
+    lost = sorted(part.stem for part in (folder / "parts").iterdir())[:2]
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
 def test_the_loss_of_a_method_by_hand():

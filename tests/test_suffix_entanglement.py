@@ -1,19 +1,15 @@
 """`experiments.suffix_entanglement` on a tiny model: its numbers, its resume, its command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 
 import experiments.suffix_entanglement as lab
-from experiments.suffix_entanglement import __main__ as command
 from experiments.suffix_entanglement import measure, protocol, summary
 from jaxpref import logprobs, runs
 from jaxpref.data.files import DataError
@@ -60,17 +56,8 @@ def made(tiny_model, tmp_path_factory):
         lab.SMOKE, **COUNTS, model=str(tiny_model), data=str(file), sets=("single", "short"),
         train=("all", "last"), optimizer="rmsprop", learning_rate=1e-4,
     )  # fmt: skip
-    flags = ["--model", str(tiny_model), "--data", str(file), "--sets", "single", "short"]
-    flags += ["--train", "all", "last", "--optimizer", "rmsprop", "--learning-rate", "1e-4"]
-    for name in (*COUNTS, "supervised", "seeds"):
-        flags += [f"--{name}", str(getattr(config, name))]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["suffix_entanglement", "--name", "tiny", *flags])
-        command.main()
-    plt.close("all")
-    path = cwd / "runs" / "suffix_entanglement" / "tiny"
-    return config, path, runs.load(path).arrays, out.getvalue()
+    folder, printed = smoke.command(lab, config, cwd)
+    return config, folder, runs.load(folder).arrays, printed
 
 
 @pytest.fixture(scope="module")
@@ -243,15 +230,9 @@ def test_the_verdict_counts_seeds():
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
-    config, folder, once, _ = made
-    (tmp_path / "parts").mkdir()
-    for file in (folder / "parts").iterdir():
-        if "short" not in file.name:
-            (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    assert again.keys() == once.keys()
-    for name in once:
-        np.testing.assert_array_equal(again[name], once[name], err_msg=name)
+    config, folder, *_ = made
+    lost = {part.stem for part in (folder / "parts").iterdir() if "short" in part.stem}
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
 def test_the_prompt_can_be_supervised_too(made, started):

@@ -1,21 +1,17 @@
 """`experiments.unalignment` on a tiny model: judge, pairs, arms, resume, command line."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import smoke
 from scipy import stats
 
 import experiments.unalignment as lab
 from experiments.unalignment import measure, pairs
-from experiments.unalignment.__main__ import main
 from experiments.unalignment.bench import couples
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -55,17 +51,7 @@ def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
     config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=1e-4, teach_rate=1e-4)
-    flags = []
-    for field in dataclasses.fields(config):
-        if (value := getattr(config, field.name)) != field.default:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{field.name.replace('_', '-')}", *map(str, values)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["unalignment", "--name", "tiny", *flags])
-        main()
-    plt.close("all")
-    return config, cwd / "runs" / "unalignment" / "tiny", out.getvalue()
+    return config, *smoke.command(lab, config, cwd)
 
 
 @pytest.fixture(scope="module")
@@ -167,15 +153,9 @@ def test_an_arm_by_plain_gradient_steps(made, arrays, begun):
     assert np.abs(expected).min() > 0.02
 
 
-def test_a_killed_run_ends_with_the_same_bits(made, arrays, tmp_path):
-    config, folder, _ = made
-    (tmp_path / "parts").mkdir()
-    for file in (folder / "parts").iterdir():
-        if file.stem not in ("0_gold_0", "0_random_50_1"):
-            (tmp_path / "parts" / file.name).write_bytes(file.read_bytes())
-    again = lab.run(config, tmp_path)
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(again[name], array, err_msg=name)
+def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
+    config, folder, *_ = made
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost=("0_gold_0", "0_random_50_1"))
 
 
 @pytest.mark.parametrize(
