@@ -9,7 +9,7 @@ compiled program does more of: bytes, transcendental functions, other arithmetic
 Importing `jaxpref.losses` is timed in new processes, alternating with importing jax alone.
 
 Run:     python -m benchmarks.losses
-Takes:   5 minutes on 2 cores, 2 GB of memory
+Takes:   2 minutes on 2 cores, 2 GB of memory
 Prints:  a table, slowest first, and as last line one JSON object
 """
 
