@@ -27,12 +27,12 @@ LENGTHS = DRAW.integers(3, 20, (PAIRS, 2))
 def theirs(monkeypatch):
     """tunix's mean loss of the pairs, given their log-probabilities."""
 
-    def mean(logp, algorithm, *, reference=REFERENCE, lengths=LENGTHS, **settings):
+    def mean(logp, algorithm, *, lengths=LENGTHS, **settings):
         monkeypatch.setattr(dpo_trainer, "compute_logps", lambda *_, **__: (logp[:, 0], logp[:, 1]))
         mask = jnp.asarray(np.arange(lengths.max()) < lengths.T.reshape(-1, 1))
         example = types.SimpleNamespace(
             input_ids=None, positions=None, attention_mask=None, logits_to_keep=0, images=None,
-            ref_chosen_logps=reference[:, 0], ref_rejected_logps=reference[:, 1],
+            ref_chosen_logps=REFERENCE[:, 0], ref_rejected_logps=REFERENCE[:, 1],
             completion_mask=mask.astype(logp.dtype),
         )  # fmt: skip
         return dpo_trainer.dpo_loss_fn(None, example, algorithm, **settings)[0]
@@ -40,9 +40,9 @@ def theirs(monkeypatch):
     return mean
 
 
-def agree(ours, theirs, logp=LOGP):
-    found = jax.value_and_grad(lambda x: ours(x).mean())(logp)
-    expected = jax.value_and_grad(theirs)(logp)
+def agree(ours, theirs):
+    found = jax.value_and_grad(lambda x: ours(x).mean())(LOGP)
+    expected = jax.value_and_grad(theirs)(LOGP)
     for mine, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-12)
 
