@@ -25,11 +25,12 @@ from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
 from jaxpref.data.pairs import TokenPair, encode, sha256
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import decoder, pretrained
+from jaxpref.models import bounds, decoder, pretrained
 from jaxpref.models.decoder import Policy
 from jaxpref.training.optimizers import torch_rmsprop
 from jaxpref.training.step import init_state, make_step
 
+SIDES = ("chosen", "rejected")
 SMALL: dict[str, Any] = {
     "width": 128,
     "layers": 4,
@@ -60,11 +61,12 @@ class Subject(NamedTuple):
     policy: Policy
     params: PyTree
     tokenizer: Tokenizer
+    revision: str | None = None  # commit of a model of the hub
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
 def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
-    """SmolLM2-135M-Instruct by default, a folder or GGUF file, or ``small``.
+    """SmolLM2-135M-Instruct by default, a folder, GGUF file or hub name, or ``small``.
 
     ``small`` is a decoder of 4 layers and width 128 with random weights of this seed, and SmolLM2's
     tokenizer: the experiment trains it from scratch. Options are the decoder's: with ``scan=True``
@@ -75,7 +77,7 @@ def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
     if found.tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer.json, expected one")
     if model != "small":
-        return Subject(found.policy, found.params, found.tokenizer)
+        return Subject(found.policy, found.params, found.tokenizer, found.revision)
     config = decoder.DecoderConfig(vocab=found.config.vocab, **SMALL)
     policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(seed), **options))
     return Subject(policy, params, found.tokenizer)
@@ -139,7 +141,9 @@ def problem(
 
 
 def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
-    """`problem` of pairs that are token ids already."""
+    """`problem` of pairs that are token ids already; refuses what the model cannot read."""
+    places = [f"pair {row}, {side}" for row in range(len(encoded)) for side in SIDES]
+    bounds.check(policy.bounds, (ids for pair in encoded for ids in pair.tokens), places)
     found = batches.collate(encoded, range(len(encoded)), pad_id=0)
     packed = -(-int(logprobs.packed_lengths(*found[:2]).max()) // 8) * 8
     longest = int(found.is_response.sum(axis=-1).max())
@@ -160,8 +164,9 @@ def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
 
 
 def hashes(subject: Subject, problem: Problem) -> dict[str, str]:
-    """Of model and pairs, for a run's provenance."""
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    """Of model and pairs, for a run's provenance; and the commit of a model of the hub."""
+    found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return found | ({"model_revision": subject.revision} if subject.revision else {})
 
 
 def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
