@@ -135,7 +135,7 @@ def test_merges_are_all_cuts_of_a_piece_best_first():
     [
         ({"scores": [0.0, 1.0]}, "tokenizer.ggml.scores, expected [0-9]+, one a token"),
         ({"bos_token_id": 10**6}, "bos_token_id is 1000000, expected below the [0-9]+ of its tok"),
-        ({"tokens": ["a"]}, "scores, expected 1, one a token"),
+        ({"tokens": ["a"]}, "bos_token_id is 1, expected below the 1 of its tokens"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, change, message):

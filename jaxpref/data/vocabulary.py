@@ -285,8 +285,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
             raise DataError(f"{file}: not UTF-8 ({error})") from None
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
-        entries = [entry for entry in found if isinstance(entry, dict)]
-        found = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((x.get("template") for x in named if x.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         place = folder / "tokenizer_config.json"
         raise DataError(f"{place}: chat_template is {type(found).__name__}, expected a text")
