@@ -53,12 +53,18 @@ def from_folder(path: str | Path) -> Vocabulary:
     named = _named(values, place)
     extra = values.get("extra_special_tokens") or values.get("additional_special_tokens") or []
     extra = extra if isinstance(extra, list) else []
-    listed = config.get("added_tokens_decoder") or {}
-    _add(backend, [*listed.values()] if isinstance(listed, dict) else [], place, again=True)
+    _add(backend, _listed(config.get("added_tokens_decoder") or {}, place), place, again=True)
     _add(backend, [*named.values(), *extra], place, again=False)
     special = {name: _text(token) for name, token in named.items()}
     adds_bos = opened(file, lambda: _front(probed(backend, file), special, file))
     return Vocabulary(backend, special, adds_bos, _template(folder, config))
+
+
+def _listed(tokens: Any, place: Path) -> list[Any]:
+    """The tokens that a configuration lists by their ids, in this order."""
+    if not isinstance(tokens, dict) or not all(number.isdecimal() for number in tokens):
+        raise DataError(f"{place}: added_tokens_decoder, expected tokens by their ids")
+    return [tokens[number] for number in sorted(tokens, key=int)]
 
 
 def _named(values: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -111,7 +117,12 @@ def _front(backend: tokenizers.Tokenizer, special: dict[str, str], file: Path) -
 
 
 def put_bos(backend: tokenizers.Tokenizer, bos: str | None) -> None:
-    """Makes a backend's own template put this token, or none, in front of a text."""
+    """Makes a backend's own template put this token, or none, in front of a text.
+
+    Args:
+      backend: is changed.
+      bos: a token of its vocabulary, or None.
+    """
     if bos is None:
         backend.post_processor = processors.TemplateProcessing("$A:0", "$A:0 $B:1")
         return
@@ -121,13 +132,31 @@ def put_bos(backend: tokenizers.Tokenizer, bos: str | None) -> None:
 
 
 def probed(backend: tokenizers.Tokenizer, place: str | Path) -> tokenizers.Tokenizer:
-    """Refuses a vocabulary that fails on what it does not know: before time is spent."""
+    """Refuses a vocabulary that fails on what it does not know: before time is spent.
+
+    Args:
+      backend: of the vocabulary.
+      place: its file, for the error.
+
+    Returns:
+      The backend.
+    """
     opened(place, lambda: backend.encode("a \U0010fffd"))
     return backend
 
 
 def opened(place: str | Path, work: Callable[[], _T]) -> _T:
-    """The package raises bare Exception, and BaseException where its own code gives up."""
+    """What work on a file gives, its failure a `DataError` of one line.
+
+    The package raises bare Exception, and BaseException where its own code gives up.
+
+    Args:
+      place: the file.
+      work: opens it.
+
+    Returns:
+      Its result.
+    """
     try:
         return work()
     except (DataError, KeyboardInterrupt, SystemExit):
