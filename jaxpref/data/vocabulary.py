@@ -62,9 +62,13 @@ def from_folder(path: str | Path) -> Vocabulary:
 
 def _listed(tokens: Any, place: Path) -> list[Any]:
     """The tokens that a configuration lists by their ids, in this order."""
-    if not isinstance(tokens, dict) or not all(number.isdecimal() for number in tokens):
+    if not isinstance(tokens, dict) or not all(map(_is_id, tokens)):
         raise DataError(f"{place}: added_tokens_decoder, expected tokens by their ids")
     return [tokens[number] for number in sorted(tokens, key=int)]
+
+
+def _is_id(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10
 
 
 def _named(values: Mapping[str, Any], place: Path) -> dict[str, Any]:
