@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from jaxpref.data import chat
 from jaxpref.data.files import DataError, RowError, TextRow
-from jaxpref.data.rendering import Texts, ends_of, texts_of
+from jaxpref.data.rendering import Ends, Texts, ends_of, texts_of
 from jaxpref.data.tokenizer import Tokenizer, split_ids
 
 TooLong = Literal["error", "drop", "truncate_left"]
@@ -161,7 +161,9 @@ def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
         raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
     if chats:
         chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
-    ends = ends_of(tokenizer, _end_id(end, tokenizer), is_eos=end == "eos", date=date)
+    closing = _end_id(end, tokenizer)
+    wanted = bool(chats) or closing is not None
+    ends = ends_of(tokenizer, closing, is_eos=end == "eos", date=date) if wanted else Ends((), ())
     found = {}
     for number, row in enumerate(rows):
         with naming(number):
