@@ -103,7 +103,7 @@ def encode(
         raise ValueError(f"too_long is {too_long!r}, expected {expected}")
     if bad not in ("error", "drop"):
         raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
-    faults: list[str] = []
+    faults: dict[int, str] = {}
 
     @contextlib.contextmanager
     def naming(number: int) -> Iterator[None]:
@@ -113,7 +113,7 @@ def encode(
             text = f"{rows[number].place or f'row {number}'}: {error}"
             if bad == "error":
                 raise RowError(text) from None
-            faults.append(text)
+            faults[number] = text
 
     texts = _texts(rows, tokenizer, end, date, naming)
     closing = _end_id(end, tokenizer)
@@ -132,10 +132,11 @@ def encode(
                 pair = _without_first(pair, excess, tokenizer)
                 truncated += 1
             pairs.append(pair)
-    if faults and not pairs:
-        raise DataError(f"no row is left with bad='drop'; the first: {faults[0]}")
+    named = tuple(faults[number] for number in sorted(faults))
+    if named and not pairs:
+        raise DataError(f"no row is left with bad='drop'; the first: {named[0]}")
     merged = sum(sum(pair.merged) for pair in pairs)
-    return pairs, Counts(len(pairs), dropped, truncated, merged, tuple(faults))
+    return pairs, Counts(len(pairs), dropped, truncated, merged, named)
 
 
 def _end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
