@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxpref.data import chat
-from jaxpref.data.files import DataError, RowError, TextRow
+from jaxpref.data.files import DataError, RowError, TextPair, TextRow
 from jaxpref.data.rendering import Ends, Texts, ends_of, texts_of
 from jaxpref.data.tokenizer import Tokenizer, split_ids
 
@@ -121,6 +121,8 @@ def encode(
     for number, (one, ids) in _with_ids(texts, tokenizer).items():
         with naming(number):
             pair = _token_pair(one, ids, closing)._replace(index=number)
+            if isinstance(rows[number], TextPair) and np.array_equal(*pair.tokens):
+                raise RowError("chosen and rejected have the same token ids")
             excess = _excess(pair, prompt_limit, limit)
             if excess > 0 and too_long == "error":
                 limits = f"prompt_limit={prompt_limit}, limit={limit}"
@@ -188,8 +190,6 @@ def _with_ids(
 def _token_pair(texts: Texts, ids: list[list[int]], end: int | None) -> TokenPair:
     prompt, *wholes = ids
     splits = [split_ids(whole, prompt) for whole in wholes]
-    if len(wholes) == 2 and wholes[0] == wholes[1]:
-        raise RowError("chosen and rejected have the same token ids")
     tokens, ends = [], []
     for split, closed in zip(splits, texts.closed, strict=True):
         adds = end is not None and not closed and split.tokens[-1] != end
