@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpref.data.files import DataError, rows
+from jaxpref.data.files import DataError, check_text, rows
 
 _SHIPPED = Path(__file__).with_name("prompts.jsonl")
 
@@ -56,6 +56,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
     text, label = row.get("prompt"), row.get("label")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{place}: prompt is {text!r}, expected a text")
+    check_text(text, f"{place}: prompt")
     if label not in ("safe", "unsafe"):
         raise DataError(f"{place}: label is {label!r}, expected 'safe' or 'unsafe'")
     return Prompt(text.strip(), label == "unsafe")

@@ -28,6 +28,25 @@ class RowError(DataError):
     """What one row alone causes: it can be left out, counted and named, and the rest is read."""
 
 
+def check_text(text: str, name: str = "text") -> None:
+    r"""Refuses half of a surrogate pair, which JSON can write and no text holds.
+
+    >>> check_text("\N{GRINNING FACE}")
+
+    Args:
+      text: any.
+      name: what errors call it.
+
+    Raises:
+      RowError: the text has no UTF-8; the message says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!a} at character {error.start}"
+        raise RowError(f"{name}: half a surrogate pair, {half}, expected whole signs") from None
+
+
 def kind(path: str | Path) -> str:
     """The format that a file's name says: ``".parquet"``, ``".csv"``, ``".tsv"`` or ``".jsonl"``.
 
