@@ -121,7 +121,9 @@ def encode(
     for number, (one, ids) in _with_ids(texts, tokenizer).items():
         with naming(number):
             pair = _token_pair(one, ids, closing)._replace(index=number)
-            if isinstance(rows[number], TextPair) and np.array_equal(*pair.tokens):
+            if isinstance(rows[number], TextPair) and np.array_equal(
+                pair.tokens[0], pair.tokens[1]
+            ):
                 raise RowError("chosen and rejected have the same token ids")
             excess = _excess(pair, prompt_limit, limit)
             if excess > 0 and too_long == "error":
