@@ -324,7 +324,7 @@ def test_one_array_of_objects_is_read_and_not_filtered(tmp_path):
 
 # The same rows in every format
 
-TEXT = st.text(st.sampled_from("ab ,\"'\n\té[]{}日"), min_size=1, max_size=8)
+TEXT = st.text(st.sampled_from("ab ,\"'\n\r\té[]{}日"), min_size=1, max_size=8)
 NAMES = st.sampled_from(["f", "g"])
 CALLS = st.lists(
     st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": NAMES}, optional={

@@ -273,6 +273,11 @@ def test_broken_parquet_is_named(stored, tmp_path):
     path.write_bytes(whole[:4] + bytes(40) + whole[44:])  # within the first column
     with pytest.raises(DataError, match=r"rows.parquet, after row 0: "):
         read_pairs(path)
+    with pytest.raises(DataError, match=r"rows.parquet, after row 0: "):
+        filter_file(path, [0], tmp_path / "part.parquet")
+    path.write_bytes(whole.replace(b"chosen", b"chose\xff"))
+    with pytest.raises(DataError, match=r"rows.parquet: not a whole Parquet file"):
+        read_pairs(path)
     parquet.write_table(pyarrow.table({"chosen": pyarrow.array([], "string")}), path)
     with pytest.raises(DataError, match=r"rows.parquet: the file is empty"):
         read_pairs(path)
