@@ -1,4 +1,4 @@
-"""The tables of docs/formats.md, row by row."""
+"""Files and rows of docs/formats.md: its tables, row by row."""
 
 import json
 import re
