@@ -89,6 +89,13 @@ def fault(row, tokenizer, *, end="eos", **options):
             "<turn>user\nq<end>\n<turn>assistant\nso ",
             "{}<end>",
         ),
+        # Of a template that trims, the space before the response is the response's.
+        (
+            CHATML.replace("m.content", "m.content | trim"),
+            [USER, {"role": "assistant", "content": "so "}],
+            "<turn>user\nq<end>\n<turn>assistant\nso",
+            " {}<end>",
+        ),
     ],
 )  # fmt: skip
 def test_a_response_is_what_the_template_writes_behind_the_prompt(
