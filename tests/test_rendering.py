@@ -212,11 +212,12 @@ def test_any_other_content_is_refused_and_the_row_is_named(plain, message, expec
 
 
 def test_a_template_of_parts_gets_parts(plain):
-    template = "{% for m in messages %}{% for part in m.content %}({{ part.text | trim }})"
+    template = "{{ eos_token + '' if tools is not none and tools else bos_token + '' }}"
+    template += "{% for m in messages %}{% for part in m.content %}({{ part.text | trim }})"
     template += "{% endfor %}{% endfor %}"
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}, USER]
-    assert with_template(plain, template).chat(messages) == "(a)(b)(q)"
+    assert with_template(plain, template).chat(messages) == "<s>(a)(b)(q)"
 
 
 # What a stranger's template does
