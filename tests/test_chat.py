@@ -64,9 +64,8 @@ def test_a_message_that_goes_on_opens_no_other():
     template = "{{ '>' if add_generation_prompt }}{{ messages[0].content }}."
     assert said(template, {"content": "so "}) == ">so ."
     assert said(template, {"content": "so "}, continue_final_message=True) == "so "
-    for content in (None, []):
-        with pytest.raises(RowError, match="the last message has no text that could be continued"):
-            said(template, {"content": content}, continue_final_message=True)
+    with pytest.raises(RowError, match="the last message has no text that could be continued"):
+        said(template, {"content": None}, continue_final_message=True)
     with pytest.raises(RowError, match="the text of the last message, to be continued, is not the"):
         said("{{ messages[0].role }}", {"content": "so"}, continue_final_message=True)
 
