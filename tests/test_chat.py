@@ -4,8 +4,8 @@ import datetime
 
 import pytest
 
-from jaxpref.data.chat import render
-from jaxpref.data.files import DataError
+from jaxpref.data.chat import conversation, render
+from jaxpref.data.files import DataError, RowError
 
 
 def test_block_lines_leave_no_trace():
@@ -29,9 +29,17 @@ def test_generation_marks_are_passed_through_in_a_scope_of_their_own():
     assert render(template, {}) == "a21"
 
 
-def test_a_template_can_ask_for_the_date():
-    before, after = (datetime.date.today() for _ in range(2))
-    assert render('{{ strftime_now("%Y-%m-%d") }}', {}) in (str(before), str(after))
+def test_a_template_that_asks_for_the_date_is_told_the_one_that_is_set():
+    template = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
+    assert render(template, {}) == "2024-07-26 00:00"
+    assert render(template, {}, date=datetime.date(2031, 2, 3)) == "2031-02-03 00:00"
+    assert render(template, {}) == "2024-07-26 00:00"
+
+
+def test_a_template_has_no_chance():
+    for template in ("{{ [1, 2] | random }}", "{{ lipsum() }}"):
+        with pytest.raises(DataError, match=r"^chat template: .*(random|lipsum)"):
+            render(template, {})
 
 
 @pytest.mark.parametrize(
@@ -46,3 +54,24 @@ def test_a_template_can_ask_for_the_date():
 def test_refusals_broken_templates_and_escapes_are_errors(template, fault):
     with pytest.raises(DataError, match=f"^chat template: .*({fault})"):
         render(template, {"messages": []})
+
+
+def said(template, message, **options):
+    return conversation(template, [{"role": "assistant", **message}], {}, **options)
+
+
+def test_a_message_that_goes_on_opens_no_other():
+    template = "{{ '>' if add_generation_prompt }}{{ messages[0].content }}."
+    assert said(template, {"content": "so "}) == ">so ."
+    assert said(template, {"content": "so "}, continue_final_message=True) == "so "
+    with pytest.raises(RowError, match="the last message has no text that could be continued"):
+        said(template, {"content": None}, continue_final_message=True)
+    with pytest.raises(RowError, match="the text of the last message, to be continued, is not the"):
+        said("{{ messages[0].role }}", {"content": "so"}, continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_the_names_that_templates_know(name):
+    template = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
+    assert said(template, {"content": "", name: "hm"}) == "hmhm"
+    assert said(template, {"content": "", name: None}) == ""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpref.data.files import DataError, rows
+from jaxpref.data.files import DataError, check_text, rows
 
 _SHIPPED = Path(__file__).with_name("statements.jsonl")
 
@@ -65,7 +65,8 @@ def _statement(row: Mapping[str, Any], place: str) -> Statement:
         if answer not in (" Yes", " No"):
             column = "answer_matching_behavior"
             raise DataError(f"{place}: {column} is {answer!r}, expected ' Yes' or ' No'")
-        said = row.get("statement") or asked.split("\n", 1)[-1].strip('"')
+        said = asked.split("\n", 1)[-1].strip('"')
+        said = _text(row, "statement", place) if row.get("statement") else said
         return Statement(said, asked, answer)
     matches = row.get("matches")
     if not isinstance(matches, bool):
@@ -79,4 +80,5 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}: {column} is {value!r}, expected a text")
+    check_text(value, f"{place}: {column}")
     return value

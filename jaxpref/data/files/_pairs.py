@@ -1,43 +1,93 @@
-"""Rows as pairs: a prompt and two responses, in each of the layouts that files have."""
+"""Files of preferences, read: every row in its kind, or named."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-from jaxpref.data.files._rows import DataError, Row, rows
-
-_ASSISTANT = "\n\nAssistant:"
-
-Messages = Sequence[Mapping[str, Any]]
+from jaxpref.data.files import _columns, _layouts
+from jaxpref.data.files._kinds import NEEDS, Bad, Found, Kind, TextPair
+from jaxpref.data.files._rows import DataError, Row, RowError, rows
 
 
-class _UnusableError(DataError):
-    """A well-formed row that holds no preference between two responses."""
+def read(
+    source: str | Path | Iterable[Row],
+    kind: Kind = "pairs",
+    *,
+    bad: Bad = "error",
+    columns: Mapping[str, str | None] | None = None,
+    needs: Sequence[str] = (),
+) -> Found:
+    """The rows of a file as pairs, single examples or lists; `read_pairs` tells the layouts.
 
+    Args:
+      source: a file or ``"tfds:NAME"``, see `rows`; or the place and the content of each row.
+      kind: ``"pairs"`` gives `TextPair`, ``"examples"`` `TextExample` of the columns ``prompt``,
+        ``completion`` and ``label``, ``"lists"`` `TextList` of ``prompt`` and ``responses``.
+      bad: what happens to a row that cannot be used, whatever is wrong with it alone: ``"error"``
+        raises, ``"drop"`` leaves it out and keeps the reason. A file that cannot be read raises.
+      columns: names in the file by this package's: ``{"chosen": "good"}`` reads ``good`` as
+        ``chosen``. None as a name leaves a column unread.
+      needs: what each row must give beside texts, of `NEEDS`. Columns are: of pairs, for
+        ``rewards`` ``chosen_score`` and ``rejected_score`` (or ``score_chosen``, or ``_reward``, or
+        ``_rating``), ``win_probability`` of the chosen (or ``chosen_probs_win`` and
+        ``chosen_probs_lose``), ``is_tie`` or ``tie``; of examples, ``label`` for ``desirable``; of
+        lists, for ``rewards`` ``rewards``, ``scores`` or ``ranks``.
 
-class TextPair(NamedTuple):
-    """One row of a data set: a prompt, the preferred and the dispreferred response.
+    Returns:
+      The rows and the faults of those that were left out.
 
-    Attributes:
-      prompt: text as the model reads it, or messages for the model's chat template.
-      chosen: the preferred response.
-      rejected: the other one.
-      place: where the row stands, for errors: ``"FILE, line N"``.
-      row: the row's number in its file, counted from 0 without blank lines, as `filter_file`
-        takes it; None for a pair that no file holds.
+    Raises:
+      RowError: a row that cannot be used, under ``"error"``.
+      DataError: a file that cannot be read, a name of `columns` that no row has, or no row that
+        can be used.
+      ValueError: another `kind`, `bad`, name of a column or need.
+
+    >>> kto = {"prompt": "1+1=", "completion": "2", "label": True}
+    >>> read([("here", kto)], "examples", needs=["desirable"]).rows[0].desirable
+    True
     """
+    columns = {} if columns is None else columns
+    if kind not in NEEDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NEEDS))}")
+    if bad not in ("error", "drop"):
+        raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
+    for name, known in [
+        *((n, _columns.NAMES) for n in columns),
+        *((n, NEEDS[kind]) for n in needs),
+    ]:
+        if name not in known:
+            what = "needs" if known is NEEDS[kind] else "columns"
+            raise ValueError(f"{what} names {name!r}, expected some of {', '.join(known)}")
+    make = {"pairs": _layouts.pair, "examples": _layouts.example, "lists": _layouts.listed}[kind]
+    found, faults, seen = [], [], set()
+    content = rows(source) if isinstance(source, str | Path) else source
+    for number, (place, row) in enumerate(content):
+        try:
+            known = _columns.renamed(row, columns, seen)
+            found.append(make(known, needs, columns)._replace(place=place, row=number))
+        except RowError as fault:
+            if bad == "error":
+                raise RowError(f"{place}: {fault}") from None
+            faults.append(f"{place}: {fault}")
+    for ours, name in columns.items():
+        if name is not None and name not in seen:
+            where = f"{source}: " if isinstance(source, str | Path) else ""
+            raise DataError(f"{where}no row has the column {name!r}, given for {ours!r}")
+    if not found:
+        first = f"; the first: {faults[0]}" if faults else ""
+        raise DataError(f"no row is left with bad='drop'{first}")
+    return Found(found, faults)
 
-    prompt: str | Messages
-    chosen: str
-    rejected: str
-    place: str = ""
-    row: int | None = None
 
+def read_pairs(
+    path: str | Path,
+    *,
+    bad: Bad = "error",
+    columns: Mapping[str, str | None] | None = None,
+    needs: Sequence[str] = (),
+) -> list[TextPair]:
+    r"""The pairs of a file with the columns ``chosen`` and ``rejected``.
 
-def read_pairs(path: str | Path, *, bad: Literal["error", "drop"] = "error") -> list[TextPair]:
-    r"""The pairs of a JSONL or Parquet file with the columns ``chosen`` and ``rejected``.
-
-    The rows have one of these layouts. Other columns are ignored.
+    The rows have one of these layouts.
 
     - ``prompt`` and two responses. Each is a text; a prompt may also be a list of chat messages
       (objects with ``role`` and ``content``), and a response a list of one message of the
@@ -50,33 +100,37 @@ def read_pairs(path: str | Path, *, bad: Literal["error", "drop"] = "error") -> 
       ``"\n\nAssistant:"`` before the first character in which the two differ. A response is all
       that follows, with its leading space, and with further turns where transcripts part early.
 
+    To a prompt of messages belong the columns ``system``, ``tools`` and ``chat_template_kwargs``;
+    with a prompt of text, or with pictures or sound, a row is refused. Other columns are not read.
+
     Args:
-      path: the file. One that ends in ``.gz`` is unpacked, ``.parquet`` or ``.pq`` is Parquet;
-        ``"tfds:NAME"`` is a data set of `jaxpref.data.builders`.
-      bad: what happens to a row without two different responses: one of them is empty, both are
-        identical, or they share no turn to respond to. ``"error"`` raises, ``"drop"`` leaves it
-        out.
+      path: the file. One that ends in ``.gz`` is unpacked, ``.parquet`` or ``.pq`` is Parquet,
+        ``.csv`` or ``.tsv`` a table; ``"tfds:NAME"`` is a data set of `jaxpref.data.builders`.
+      bad: what happens to a row that cannot be used: ``"error"`` raises, ``"drop"`` leaves it out.
+      columns: names in the file by this package's, see `read`.
+      needs: what each row must give beside texts, see `read`.
 
     Returns:
       The pairs in the file's order, each with its place and its row.
 
     Raises:
-      DataError: broken JSON, a missing column, a wrong type, an empty file, a row without two
-        different responses under ``"error"``, or no other row under ``"drop"``.
+      RowError: under ``"error"`` a row without two different responses, with a missing column, or
+        with another type in one that is read.
+      DataError: a file that cannot be read or is empty, or no row that can be used.
 
     References:
       Bai et al. 2022, https://arxiv.org/abs/2204.05862 (HH-RLHF, its files' format)
       Tunstall et al. 2023, https://arxiv.org/abs/2310.16944 (UltraFeedback-binarized)
     """
-    return pairs_of(rows(path), bad=bad)
+    return read(path, bad=bad, columns=columns, needs=needs).rows
 
 
-def pairs_of(found: Iterable[Row], *, bad: Literal["error", "drop"] = "error") -> list[TextPair]:
+def pairs_of(found: Iterable[Row], *, bad: Bad = "error") -> list[TextPair]:
     """The pairs of rows that were read already, see `read_pairs`.
 
     Args:
       found: the place and the content of each row, all of them and in order.
-      bad: what happens to a row without two different responses.
+      bad: what happens to a row that cannot be used.
 
     Returns:
       The pairs in the same order.
@@ -84,101 +138,7 @@ def pairs_of(found: Iterable[Row], *, bad: Literal["error", "drop"] = "error") -
     Raises:
       DataError: as `read_pairs`.
 
-    >>> pairs_of([("here", {"prompt": "1+1=", "chosen": "2", "rejected": "3"})])
-    [TextPair(prompt='1+1=', chosen='2', rejected='3', place='here', row=0)]
+    >>> pairs_of([("here", {"prompt": "1+1=", "chosen": "2", "rejected": "3"})])[0][:5]
+    ('1+1=', '2', '3', 'here', 0)
     """
-    if bad not in ("error", "drop"):
-        raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
-    pairs, first_fault = [], None
-    for number, (place, row) in enumerate(found):
-        try:
-            pairs.append(_text_pair(row, place)._replace(row=number))
-        except _UnusableError as fault:
-            if bad == "error":
-                raise
-            first_fault = first_fault or fault
-    if not pairs:
-        raise DataError(f"no row is left with bad='drop'; the first: {first_fault}")
-    return pairs
-
-
-def _text_pair(row: Mapping[str, Any], place: str) -> TextPair:
-    for name in ("chosen", "rejected"):
-        if name not in row:
-            raise DataError(f"{place}: no column {name!r}, found {', '.join(map(repr, row))}")
-    fewest = 1 if row.get("prompt") is None else 2
-    sides = (row["chosen"], row["rejected"])
-    if all(_are_messages(side) and len(side) >= fewest for side in sides):
-        row = _last_messages(row, place)
-    elif fewest == 1:
-        row = _split(row, place)
-    prompt = row["prompt"]
-    if not isinstance(prompt, str) and not _are_messages(prompt):
-        found = type(prompt).__name__
-        raise DataError(f"{place}: prompt is a {found}, expected a text or chat messages")
-    chosen, rejected = (_response(row[name], name, place) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise _UnusableError(f"{place}: chosen and rejected are identical, expected two responses")
-    return TextPair(prompt, chosen, rejected, place)
-
-
-def _split(row: Mapping[str, Any], place: str) -> dict[str, str]:
-    """Prompt and responses of two transcripts."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(text, str):
-            found = f"{name} is a {type(text).__name__}"
-            raise DataError(f"{place}: no column 'prompt', and {found}, expected a transcript")
-    if chosen == rejected:
-        raise _UnusableError(
-            f"{place}: chosen and rejected are identical, expected two transcripts"
-        )
-    places = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((i for i, (a, b) in places if a != b), min(len(chosen), len(rejected)))
-    turn = chosen.rfind(_ASSISTANT, 0, shared)
-    if turn < 0:
-        expected = f"expected transcripts that share a {_ASSISTANT!r} before they differ"
-        raise _UnusableError(f"{place}: no column 'prompt', and {expected}")
-    end = turn + len(_ASSISTANT)
-    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
-
-
-def _last_messages(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Prompt and responses of two conversations."""
-    expected = "expected a conversation that ends with the assistant"
-    for name in ("chosen", "rejected"):
-        if row[name][-1]["role"] != "assistant":
-            raise DataError(f"{place}: {name} ends with {row[name][-1]['role']!r}, {expected}")
-    *prompt, chosen = row["chosen"]
-    *other, rejected = row["rejected"]
-    if prompt != other:
-        raise _UnusableError(
-            f"{place}: chosen and rejected differ before their last message, expected one prompt"
-        )
-    if not prompt:
-        raise DataError(f"{place}: no column 'prompt', {expected} and begins with its prompt")
-    given = row.get("prompt")
-    if given is not None and not isinstance(given, str) and given != prompt:
-        raise DataError(f"{place}: prompt is not what chosen and rejected begin with")
-    return {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-    )
-
-
-def _response(value: Any, name: str, place: str) -> str:
-    if _are_messages(value) and len(value) == 1 and value[0]["role"] == "assistant":
-        value = value[0]["content"]
-    if not isinstance(value, str):
-        expected = "expected a text or one assistant message, or conversations in both columns"
-        raise DataError(f"{place}: {name} is a {type(value).__name__}, {expected}")
-    if not value.strip():
-        raise _UnusableError(
-            f"{place}: {name} is an empty response, expected at least one character"
-        )
-    return value
+    return read(found, bad=bad).rows
