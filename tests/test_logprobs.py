@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend import core
 
 from jaxpref import logprobs
 from jaxpref.models.decoder import Decoder, DecoderConfig, Policy, functional
@@ -184,8 +185,10 @@ def largest_array(fn, *args):
         for equation in jaxpr.eqns:
             for variable in equation.outvars:
                 yield variable.aval.size
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                yield from walk(inner)
+            for value in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(value, "jaxpr", value)
+                if isinstance(inner, core.Jaxpr):
+                    yield from walk(inner)
 
     return max(walk(jax.make_jaxpr(fn)(*args).jaxpr))
 
