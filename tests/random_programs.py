@@ -1,8 +1,11 @@
 """A grammar of programs: what jax can do with a parameter, in any order and inside one another.
 
-A piece maps parameters, states ``[3 4]`` and three ids to states. A program is some pieces one after
-the other, some of them inside a `jit`, a checkpoint, a scan, a branch or a loop.
+A piece maps parameters, states ``[5 4]`` and five ids to states. A program is some pieces one after
+the other, some of them inside a `jit`, a checkpoint, a scan or a branch, and each with parameters
+of its own or with those of the piece before it.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +22,10 @@ PARAMS = {
     "bias": jax.random.normal(KEYS[4], (4,), jnp.float64),
     "scale": jnp.asarray(0.7),
     "none": jnp.zeros((0, 4)),
-    "unembedding": jax.random.normal(KEYS[5], (6, 4), jnp.float64),
 }
 EXAMPLES = (
-    jax.random.normal(KEYS[6], (2, 3, 4), jnp.float64),
-    jnp.array([[0, 3, 1], [2, 2, 4]], jnp.int32),
+    jax.random.normal(KEYS[6], (2, 5, 4), jnp.float64),
+    jnp.array([[0, 3, 1, 4, 0], [2, 2, 4, 1, 2]], jnp.int32),
 )
 
 
@@ -48,7 +50,10 @@ def own_tangent(W, x):
     return jnp.sin(x @ W)
 
 
-own_tangent.defjvp(lambda at, by: (own_tangent(*at), jnp.cos(at[1] @ at[0]) * (by[1] @ at[0] + at[1] @ by[0])))  # fmt: skip
+@own_tangent.defjvp
+def _(at, by):
+    (W, x), (dW, dx) = at, by
+    return own_tangent(W, x), jnp.cos(x @ W) * (dx @ W + x @ dW)
 
 
 @jax.custom_vjp
@@ -97,7 +102,7 @@ def batched_rows(p, x, i):
         offset_dims=(1,), collapsed_slice_dims=(), start_index_map=(1,),
         operand_batching_dims=(0,), start_indices_batching_dims=(0,),
     )  # fmt: skip
-    return lax.gather(p["table"][:3], i[:, None], numbers, (1, 2), mode="clip")[:, :1] * x
+    return lax.gather(p["table"], i[:, None], numbers, (1, 2), mode="clip")[:, :1] * x
 
 
 def by_pieces(p, x, i):
@@ -142,23 +147,22 @@ PIECES = {
         p["table"], i.astype(jnp.uint32).at[0].set(2**32 - 1), MODE.CLIP
     ),
     "promised": lambda p, x, i: rows_of(p["table"], i, MODE.PROMISE_IN_BOUNDS),
-    "one-hot": lambda p, x, i: p["table"].at[i].get(mode="one_hot"),
     "from the end": lambda p, x, i: p["table"][-i],
     "columns": lambda p, x, i: p["table"][:4].T[:, i % 4].T,
     "entries": lambda p, x, i: x * p["W"][i % 4, (i + 1) % 4][:, None],
-    "along": lambda p, x, i: jnp.take_along_axis(p["table"][:3], (i % 4)[:, None], axis=1) * x,
+    "along": lambda p, x, i: jnp.take_along_axis(p["table"], (i % 4)[:, None], axis=1) * x,
     "batched": batched_rows,
-    "two axes of ids": lambda p, x, i: p["table"][jnp.stack([i, i * 2])].sum(axis=0),
+    "two axes of ids": lambda p, x, i: p["table"][jnp.stack([i, i * 2 % 5])].sum(axis=0),
     "no ids": lambda p, x, i: x + p["table"][i[:0]].sum(),
     "rows of bits": lambda p, x, i: jnp.where((x > 0), rows_of(p["table"], i, MODE.CLIP), x),
     "slice": plain_slice,
-    "index beyond": lambda p, x, i: x @ lax.dynamic_index_in_dim(p["layers"], i[2] + 9, keepdims=False),
+    "index beyond": lambda p, x, i: x @ lax.dynamic_index_in_dim(p["layers"], 9, keepdims=False),
     "update": updated,
     # Products.
     "heads": heads,
     "outer": lambda p, x, i: lax.dot_general(x, p["bias"], (((), ()), ((), ()))).sum(axis=1),
     "by a number": lambda p, x, i: lax.dot_general(p["scale"], x, (((), ()), ((), ()))),
-    "to a number": lambda p, x, i: x * jnp.vdot(p["W"][:3], x),
+    "to a number": lambda p, x, i: x * jnp.vdot(p["W"], x[1:]),
     "on the left": lambda p, x, i: (p["W"] @ x.T).T,
     "with itself": lambda p, x, i: x @ p["W"] @ p["W"].T,
     "its square": lambda p, x, i: x @ jnp.sin(p["W"] @ p["W"]),
@@ -219,22 +223,55 @@ INSIDE = {  # a piece inside something
 }
 
 
+class Part(NamedTuple):
+    """A piece of a program."""
+
+    name: str
+    inside: str
+    own: bool  # whether its parameters are its own
+
+
 def deal(seed, size):
-    """All pieces once, in programs of so many, each piece inside something: names of both."""
+    """All pieces once, in programs of so many."""
     random = np.random.default_rng(seed)
     names = random.permutation(list(PIECES)).tolist()
-    around = random.choice(list(INSIDE), len(names), p=[0.4, 0.15, 0.15, 0.15, 0.15]).tolist()
-    pairs = list(zip(names, around, strict=True))
-    return [pairs[at : at + size] for at in range(0, len(pairs), size)]
+    inside = random.choice(list(INSIDE), len(names), p=[0.4, 0.15, 0.15, 0.15, 0.15]).tolist()
+    own = (random.random(len(names)) < 0.7).tolist()
+    parts = [Part(*part) for part in zip(names, inside, own, strict=True)]
+    return [parts[at : at + size] for at in range(0, len(parts), size)]
 
 
-def build(names):
-    """``(params, (states, ids)) -> states`` of a program."""
+class Asked(dict):
+    """Parameters that remember which of them were asked for."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def asked_for(name):
+    """Names of the parameters of a piece."""
+    asked = Asked(PARAMS)
+    jax.eval_shape(lambda x, ids: PIECES[name](asked, x, ids), *(x[0] for x in EXAMPLES))
+    return asked.names
+
+
+def build(parts):
+    """``(params, (states, ids)) -> states`` of a program, and its parameters."""
+    sets = np.cumsum([part.own or at == 0 for at, part in enumerate(parts)]) - 1
+    params = [{} for _ in range(sets[-1] + 1)]
+    for part, at in zip(parts, sets, strict=True):
+        names = asked_for(part.name) | ({"layers"} if part.inside == "scan" else set())
+        params[at] |= {name: PARAMS[name] * 0.9**at for name in sorted(names)}
 
     def program(params, example):
         x, ids = example
-        for name, around in names:
-            x = 0.5 * x + jnp.tanh(0.7 * INSIDE[around](PIECES[name])(params, x, ids))
+        for part, at in zip(parts, sets, strict=True):
+            x = 0.5 * x + 0.3 * INSIDE[part.inside](PIECES[part.name])(params[at], x, ids)
         return x
 
-    return program
+    return program, params

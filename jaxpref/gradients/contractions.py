@@ -185,7 +185,7 @@ def _overlap(left: Array, right: Array) -> Array:
 
 def _all_products(left: Array, right: Array) -> Array:
     """``[a b]`` inner products of all rows of two matrices."""
-    if len(left) * len(right) > 16:
+    if len(left) * len(right) > 16 or left.shape[1] <= PIECE:
         return product(left, right, 1, 1)
     # One by one: as a product of matrices of few long rows they take many times longer on CPU.
     return jnp.stack([jnp.stack([inner(x, y) for y in right]) for x in left])
