@@ -62,6 +62,59 @@ def test_adam_by_hand(trained):
     np.testing.assert_allclose(found.carried["w"], -0.8 * 0.2 * g * step, rtol=1e-9)
 
 
+RATE, EPS = 1e-2, 1e-3
+SLOPES_AT_ZERO = {  # optimizer, decay, the slope of an entry whose gradients were all zero, after 3
+    "sgd": (optax.sgd(RATE), None, RATE),
+    "momentum": (optax.sgd(RATE, momentum=0.9), None, RATE),
+    "adam": (optax.adam(RATE, eps=EPS), 0.999, RATE * 0.1 / (1 - 0.9**4) / EPS),
+    "adam, eps under the root": (
+        optax.adam(RATE, eps=EPS, eps_root=4.0), 0.999, RATE * 0.1 / (1 - 0.9**4) / (2 + EPS)
+    ),
+    "adamw": (
+        optax.adamw(RATE, b1=0.5, eps=EPS, weight_decay=0.1), 0.999, RATE * 0.5 / (1 - 0.5**4) / EPS
+    ),
+    "nadam": (
+        optax.nadam(RATE, b1=0.5, eps=EPS), 0.999,
+        RATE * (0.5 * 0.5 / (1 - 0.5**5) + 0.5 / (1 - 0.5**4)) / EPS,
+    ),
+    "rmsprop": (optax.rmsprop(RATE, eps=4.0), 0.9, RATE / 2),
+    "rmsprop, eps beside the root": (
+        optax.rmsprop(RATE, eps=EPS, eps_in_sqrt=False), 0.9, RATE / EPS
+    ),
+    "rmsprop with momentum": (
+        optax.rmsprop(RATE, eps=EPS, eps_in_sqrt=False, momentum=0.9), 0.9, RATE / EPS
+    ),
+    "rmsprop, corrected": (
+        optax.rmsprop(RATE, eps=EPS, eps_in_sqrt=False, bias_correction=True), 0.9, RATE / EPS
+    ),
+    "rmsprop of torch": (torch_rmsprop(RATE, eps=EPS), 0.99, RATE / EPS),
+    "injected": (optax.inject_hyperparams(torch_rmsprop)(RATE, eps=EPS), 0.99, RATE / EPS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+@pytest.mark.parametrize("name", SLOPES_AT_ZERO)
+def test_an_untouched_parameter_has_the_slope_at_zero(name, dtype):
+    """As learned positions beyond the texts have, and the rows of words that no text has."""
+    optimizer, decay, slope = SLOPES_AT_ZERO[name]
+    params = jnp.array([0.3, -2.0], dtype)
+    gradient, state = jnp.array([0.0, 0.5], dtype), optimizer.init(params)
+    for _ in range(3):
+        _, state = optimizer.update(gradient, state, params)
+    plain = linearised(optimizer, state, gradient, params, decay=decay)  # and checks itself
+    rtol = 1e-9 if dtype == jnp.float64 else 1e-5
+    np.testing.assert_allclose(plain.metric[0], slope, rtol=rtol)
+    update, _ = optimizer.update(gradient, state, params)
+    np.testing.assert_allclose(plain.carried - plain.metric * gradient, update, rtol=rtol)
+    jitted = jax.jit(lambda s, g, p: linearised(optimizer, s, g, p, decay=decay))
+    for one, other in zip(plain, jitted(state, gradient, params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol)
+    if dtype == jnp.float64:  # the definition: what a small gradient adds
+        nudge = jnp.array([1e-9, 0.0], dtype)
+        moved = optimizer.update(gradient + nudge, state, params)[0] - update
+        np.testing.assert_allclose(-moved[0] / nudge[0], slope, rtol=1e-4)
+
+
 def test_errors_name_what_is_wrong(trained):
     params, (gradient, *_) = trained
     adam = optax.adam(1e-2)

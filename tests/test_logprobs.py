@@ -11,6 +11,7 @@ from jax.extend import core
 
 from jaxpref import logprobs
 from jaxpref.models.decoder import Decoder, DecoderConfig, Policy, functional
+from jaxpref.plain import ASKED
 
 PAIRS, TIME, VOCAB, WIDTH = 5, 9, 13, 8
 SETTINGS = hypothesis.settings(
@@ -163,6 +164,42 @@ def test_certain_tokens_have_finite_logprobs_and_gradients(fn):
     (_, logp), slopes = value_and_slopes(fn)(hidden, unembedding, targets, weights)
     assert logp.tolist() == [[0.0, -2e4]]
     np.testing.assert_array_equal(slopes[0], [[[0.0, 0.0], [-2.0, 1.0]]])  # W_y - W_top
+
+
+@pytest.mark.parametrize("impossible", [slice(0, 5), slice(5, 10), slice(3, 12)])
+def test_words_that_are_impossible_leave_the_others_as_they_are(impossible):
+    """Logits of minus infinity, of whole chunks: as a model has them for rows it never learned."""
+    draw = np.random.default_rng(5)
+    hidden = jnp.asarray(1 + abs(draw.normal(size=(4, WIDTH))))
+    unembedding = jnp.asarray(draw.normal(size=(VOCAB, WIDTH))).at[impossible, 0].set(-jnp.inf)
+    targets = jnp.array([0, 4, 7, 12])
+    fn = functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5)
+    possible = [word for word in range(VOCAB) if word not in range(VOCAB)[impossible]]
+    found = jax.jit(fn)(hidden, unembedding, targets)
+    among = np.full((4, VOCAB), -np.inf)
+    among[:, possible] = numpy_logp(hidden, unembedding[np.array(possible)])
+    np.testing.assert_allclose(found, pick(among, targets), rtol=1e-12)
+    np.testing.assert_allclose(found, logprobs.token_logprobs(hidden, unembedding, targets))
+    statistics = logprobs.token_statistics(hidden, unembedding, targets)
+    entropy = -(np.exp(among[:, possible]) * among[:, possible]).sum(axis=-1)
+    np.testing.assert_allclose(statistics.entropy, entropy, rtol=1e-12)
+    assert float(abs(logprobs.token_kl(hidden, unembedding, hidden, unembedding)).max()) == 0
+    learned = jnp.where(jnp.isneginf(unembedding), 0, unembedding)
+    kl = (np.exp(among) * (among - numpy_logp(hidden, learned)))[:, possible].sum(axis=-1)
+    other = logprobs.token_kl(hidden, unembedding, hidden, learned)
+    np.testing.assert_allclose(other, kl, rtol=1e-9)
+
+
+def test_who_reads_programs_gets_the_plain_head(states):
+    """Their two programs stand side by side, jitted or not, and have the same numbers."""
+    hidden, unembedding, targets, _ = states
+    fn = jax.jit(functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5))
+    arguments = hidden, unembedding, targets
+    with ASKED(True):
+        asked, program = fn(*arguments), str(jax.make_jaxpr(fn)(*arguments))
+    assert "custom_vjp" not in program
+    assert "custom_vjp" in str(jax.make_jaxpr(fn)(*arguments))
+    np.testing.assert_allclose(asked, fn(*arguments), rtol=1e-12)
 
 
 @HEADS
