@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from jaxpref import gradients, logprobs
+from jaxpref.models import decoder
 from jaxpref.training.linearised import linearised
 from jaxpref.training.optimizers import torch_rmsprop
 
@@ -32,17 +35,17 @@ def as_optax_needs_it():
 def trained():
     """Parameters and three gradients, one of them with a zero."""
     keys = jax.random.split(jax.random.key(4), 4)
-    params, *gradients = ({"w": jax.random.normal(key, (3, 2), jnp.float64)} for key in keys)
-    gradients[2]["w"] = gradients[2]["w"].at[1, 1].set(0.0)
-    return params, gradients
+    params, *slopes = ({"w": jax.random.normal(key, (3, 2), jnp.float64)} for key in keys)
+    slopes[2]["w"] = slopes[2]["w"].at[1, 1].set(0.0)
+    return params, slopes
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_next_update_is_carried_less_metric_times_gradient(name, trained):
     optimizer, decay = OPTIMIZERS[name]
-    params, gradients = trained
+    params, slopes = trained
     state = optimizer.init(params)
-    for gradient in gradients:
+    for gradient in slopes:
         found = linearised(optimizer, state, gradient, params, decay=decay)
         update, state = optimizer.update(gradient, state, params)
         expected = found.carried["w"] - found.metric["w"] * gradient["w"]
@@ -113,6 +116,42 @@ def test_an_untouched_parameter_has_the_slope_at_zero(name, dtype):
         nudge = jnp.array([1e-9, 0.0], dtype)
         moved = optimizer.update(gradient + nudge, state, params)[0] - update
         np.testing.assert_allclose(-moved[0] / nudge[0], slope, rtol=1e-4)
+
+
+def test_a_model_with_untouched_rows_has_a_metric():
+    """As GPT-2 and Pythia have: positions beyond the text, unembeddings of words it lacks."""
+    config = decoder.DecoderConfig(
+        vocab=9, width=4, layers=1, heads=1, kv_heads=1, head_width=4, mlp_width=4, tied=False,
+        positions="learned", max_positions=12,
+    )  # fmt: skip
+    types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
+    policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **types))
+    tokens = jnp.array([[3, 5, 3, 8], [3, 5, 2, 8]])
+
+    def logp(params, tokens):
+        scored = jnp.arange(4) >= 2
+        return logprobs.response_scores(policy, params, tokens, tokens >= 0, scored).logp
+
+    optimizer = optax.adam(1.0)
+
+    @jax.jit
+    def run(params):
+        of_both = lambda p: jax.vmap(logp, (None, 0))(p, tokens)  # noqa: E731
+        gradient = jax.grad(lambda p: -of_both(p).sum())(params)
+        state = optimizer.init(params)
+        found = linearised(optimizer, state, gradient, params, decay=0.999)
+        update, _ = optimizer.update(gradient, state, params)
+        gram = gradients.gram(logp, params, tokens, metric=found.metric).gram
+        change = gradients.directional(of_both, params, update)[1]
+        return found, gradient, gram.sum(axis=1), change
+
+    found, gradient, by_gram, change = run(params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    untouched = np.asarray(gradient["positions"][...] == 0).all(axis=1)
+    assert untouched.tolist() == [row >= 3 for row in range(12)]
+    # Adam's first step: 1 - b1 of the gradient, which its correction undoes.
+    np.testing.assert_allclose(found.metric["positions"][...][untouched], 1 / 1e-8, rtol=1e-6)
+    np.testing.assert_allclose(by_gram, change, rtol=1e-9)
 
 
 def test_errors_name_what_is_wrong(trained):
