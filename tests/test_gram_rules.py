@@ -228,26 +228,29 @@ def test_a_table_read_in_two_dtypes():
     np.testing.assert_allclose(found, expected, atol=2**-7 * abs(expected).max())
 
 
-@pytest.mark.parametrize("metric", [False, True])
-def test_several_outputs_of_bfloat16_are_mixed_in_float32(metric):
-    """Proportions of tokens, and weights of entries, are sums: rounded they are 2^-9 off."""
-    ids = jnp.array([[0, 1, 1, 2], [1, 2, 3, 3]])
-    table = W[:, :2].astype(jnp.bfloat16)
-    weights = 1 + W[:, :2].astype(jnp.float32) ** 2 if metric else None
+@pytest.mark.parametrize("rule", ["tokens", "rows"])
+def test_several_outputs_of_bfloat16_are_mixed_in_float32(rule):
+    """Products between tokens and weights of entries are sums: rounded they would be 2^-9 off."""
+    mixing = np.array([[1, 2, 3, 4], [5, -6, 7, 8]])
+    random = np.random.default_rng(0)
+    if rule == "rows":
+        examples = jnp.array([[0, 1, 1, 2], [1, 2, 3, 3]])
+        read = jax.nn.one_hot(examples, 4)
+    else:
+        examples = read = jnp.asarray(random.integers(-15, 16, (2, 4, 9)), jnp.bfloat16)
+    table = jnp.ones((read.shape[-1], 9), jnp.bfloat16)
+    weights = 1 + jnp.asarray(random.random(table.shape), jnp.float32) if rule == "rows" else None
 
-    def logp_fn(table, ids):  # slopes that bfloat16 holds
-        factors = jnp.array([[1, 2, 3, 4], [5, -6, 7, 8]], jnp.bfloat16)
-        return (factors @ table[ids]).astype(jnp.float32).sum(axis=1)
+    def logp_fn(table, x):  # its slopes are whole numbers, which bfloat16 holds
+        y = table[x] if rule == "rows" else x @ table
+        return (jnp.asarray(mixing, jnp.bfloat16) @ y).astype(jnp.float32).sum(axis=1)
 
-    assert gradients.explain(logp_fn, table, ids) == {"": "rows"}
-    found = gradients.gram(logp_fn, table, ids, metric=weights).gram
-    slopes = np.zeros((2, 2, 4, 2))
-    for example in range(2):
-        for output, row in enumerate([[1, 2, 3, 4], [5, -6, 7, 8]]):
-            np.add.at(slopes[example, output], np.asarray(ids[example]), np.array(row)[:, None])
-    scale = 1 if weights is None else np.asarray(weights, np.float64)
-    expected = np.einsum("iahw,jbhw->iajb", slopes * scale, slopes)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert gradients.explain(logp_fn, table, examples) == {"": rule}
+    found = gradients.gram(logp_fn, table, examples, metric=weights).gram
+    slopes = np.einsum("at,ith->iah", mixing, np.asarray(read, np.float64))
+    scale = np.full(table.shape, 1.0) if weights is None else np.asarray(weights, np.float64)
+    expected = np.einsum("iah,jbh,hw->iajb", slopes, slopes, scale)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
 
 
 def test_of_nothing_there_is_a_gram_of_nothing():

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
@@ -187,7 +188,8 @@ class Walk:
         return programs.bind(jaxpr, equation, [self._plain(v, here, scope) for v in values])
 
     def _site(self, jaxpr, equation, values, operand: int, here: Path, scope: Scope) -> Array:
-        parameter, other = values[operand], values[1 - operand]
+        parameter, beside = values[operand], equation.invars[1 - operand].aval
+        other = jnp.asarray(values[1 - operand], beside.dtype)  # it may be a number
 
         def call(other, value):
             both = (other, value) if operand == 1 else (value, other)
