@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from grams import check
+from grams import check, largest_array
 
 from jaxpref import gradients, logprobs
 from jaxpref.gradients import contractions
@@ -117,6 +117,18 @@ def test_every_family_equals_plain_gradients(name):
     # The unembedding's, too: of the default head, whose own derivative is a whole table.
     whole = {path for path, rule in rules.items() if rule == "gradient"}
     assert not any(name in path for path in whole for name in ("kernel", "embedding", "positions"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_gradient_of_the_tables_size_is_held(tied):
+    """By the head that is the default: the largest are the slopes of its logits."""
+    vocab, width = 600, 24
+    policy, params = a_model(vocab=vocab, width=width, layers=1, tied=tied)
+    pair, logp_fn = tuple(x[0] for x in some_pairs()), response_logp(policy)
+    fast = functools.partial(gradients.gram, logp_fn)
+    assert largest_array(fast, params, pair) == 2 * 4 * vocab  # responses, tokens
+    plain = jax.vmap(jax.grad(logp_fn), (None, 0))
+    assert largest_array(plain, params, pair) == 2 * vocab * width
 
 
 def test_parts_are_the_grams_of_single_parameters():

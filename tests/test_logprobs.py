@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend import core
+from grams import largest_array
 
 from jaxpref import logprobs
 from jaxpref.models.decoder import Decoder, DecoderConfig, Policy, functional
@@ -214,21 +214,6 @@ def test_a_target_outside_the_vocabulary_has_no_logprob(states, fn):
 def test_a_chunk_size_that_is_not_positive_is_named(states, name):
     with pytest.raises(ValueError, match=f"{name}: expected a positive integer or None, got 0"):
         logprobs.token_logprobs_chunked(*states[:3], **{name: 0})
-
-
-def largest_array(fn, *args):
-    """Number of elements of the largest intermediate of a function and its inner functions."""
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            for variable in equation.outvars:
-                yield variable.aval.size
-            for value in jax.tree.leaves(list(equation.params.values())):
-                inner = getattr(value, "jaxpr", value)
-                if isinstance(inner, core.Jaxpr):
-                    yield from walk(inner)
-
-    return max(walk(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 BIG = {"positions": 256, "vocab": 512, "width": 4}
