@@ -68,7 +68,7 @@ class Planned:
         """
         rooms = self._rooms()
         if 0 in self.square:  # no example or no output
-            output = self.program[0].outvars[0].aval
+            output: Any = self.program[0].outvars[0].aval
             outputs = jnp.zeros((self.square[0], *output.shape), output.dtype)
             return outputs, [jnp.zeros((*x.shape, *self.square), x.dtype) for x in rooms]
         slots = {place: jnp.zeros(*tap.slope()) for place, tap in self.taps.items()}
