@@ -56,8 +56,8 @@ def linearised(
         `Linearised`, of the structure of `params`. `metric` contains the learning rate.
 
     Raises:
-        ValueError: a running mean of squares without its `decay`, or an update that is not of
-            this form (seen only outside of `jax.jit`).
+        ValueError: a running mean of squares without its `decay`, or an update that is not finite
+            or not of this form (seen only outside of `jax.jit`).
 
     >>> params = gradient = jnp.array([3.0, -4.0])
     >>> found = linearised(optax.sgd(0.1), optax.sgd(0.1).init(params), gradient, params)
@@ -107,6 +107,8 @@ def _require_linear(update: PyTree, metric: PyTree, carried: PyTree, gradient: P
     for u, d, c, g in zip(*leaves, strict=True):
         if isinstance(u, Tracer):
             return
+        if not np.isfinite(np.asarray(u)).all():
+            raise ValueError("optimizer: got an update that is not finite, expected finite numbers")
         scale = np.abs(np.asarray(c)) + np.abs(np.asarray(d * g)) + np.abs(np.asarray(u))
         error = np.abs(np.asarray(c - d * g - u))
         if not (error <= 1e-3 * scale).all():
