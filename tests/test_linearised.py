@@ -160,8 +160,8 @@ def test_errors_name_what_is_wrong(trained):
     with pytest.raises(ValueError, match="decay: got None, expected that of ScaleByAdamState"):
         linearised(adam, adam.init(params), gradient, params)
     divides_by_zero = torch_rmsprop(1e-2, eps=0.0)
+    zero = {"w": gradient["w"].at[0, 0].set(0.0)}
     with pytest.raises(ValueError, match="optimizer: got an update that is not finite"):
-        zero = {"w": gradient["w"].at[0, 0].set(0.0)}
         linearised(divides_by_zero, divides_by_zero.init(params), zero, params, decay=0.99)
     for optimizer in (
         optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
