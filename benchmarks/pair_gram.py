@@ -70,10 +70,8 @@ def _response_logp(policy: Any, size: Size) -> Any:
 
     def logp(params, response):
         one = (x[None] for x in response)
-        scores = logprobs.response_scores(
-            policy, params, *one, max_response=size.time - size.prompt, head=logprobs.token_logprobs
-        )
-        return scores.logp[0]
+        longest = size.time - size.prompt
+        return logprobs.response_scores(policy, params, *one, max_response=longest).logp[0]
 
     return logp
 

@@ -150,15 +150,15 @@ def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
 
     rows: dict[str, Any] = {"packed_time": packed, "max_response": longest}
 
-    def score(params, batch, head=logprobs.token_logprobs_chunked):
-        return logprobs.shared_prompt_scores(policy, params, *batch[:3], **rows, head=head)
+    def score(params, batch):
+        return logprobs.shared_prompt_scores(policy, params, *batch[:3], **rows)
 
     def hidden(params, batch):
         return logprobs.shared_prompt_hidden(policy, params, *batch[:3], **rows)
 
     def logp(params, pair):
         one = tuple(x[None] for x in pair)
-        return score(params, one, head=logprobs.token_logprobs).logp[0]
+        return score(params, one).logp[0]
 
     return Problem(found, score, hidden, logp, sha256(encoded))
 

@@ -27,8 +27,9 @@ Who may import whom, from the left only::
     data -> models -> logprobs -> losses -> gradients -> embeddings -> diagnostics
     -> training -> score
 
-`jaxpref.runs` stands apart. ``losses``, ``gradients``, ``embeddings`` and ``diagnostics`` load
-only jax, numpy and jaxtyping. Nothing is re-exported: a thing has one name, `losses.dpo`.
+`jaxpref.runs` stands apart, and all may import `jaxpref.plain`. ``losses``, ``gradients``,
+``embeddings`` and ``diagnostics`` load only jax, numpy and jaxtyping. Nothing is re-exported: a
+thing has one name, `losses.dpo`.
 """
 
 from importlib.metadata import version as _version

@@ -1,9 +1,10 @@
-"""A Gram matrix the plain way, and the fast one held against it."""
+"""A Gram matrix the plain way, the fast one held against it, and what a program holds."""
 
 import functools
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from jaxpref import gradients
 
@@ -27,3 +28,18 @@ def check(logp_fn, params, examples, metric=None):
     # Of float64: 1e-9 of the largest entry, four digits above the rounding of the longest sums.
     np.testing.assert_allclose(found.gram, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
     return found
+
+
+def largest_array(fn, *args):
+    """Number of elements of the largest intermediate of a function and its inner functions."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            for variable in equation.outvars:
+                yield variable.aval.size
+            for value in jax.tree.leaves(list(equation.params.values())):
+                inner = getattr(value, "jaxpr", value)
+                if isinstance(inner, core.Jaxpr):
+                    yield from walk(inner)
+
+    return max(walk(jax.make_jaxpr(fn)(*args).jaxpr))

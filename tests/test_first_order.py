@@ -53,8 +53,7 @@ def model():
 
     def logps(params, pair):
         def one(response):
-            head = logprobs.token_logprobs
-            return logprobs.response_scores(policy, params, *response, max_response=3, head=head)
+            return logprobs.response_scores(policy, params, *response, max_response=3)
 
         return jax.vmap(one)(pair).logp
 

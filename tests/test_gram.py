@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from grams import check
+from grams import check, largest_array
 
 from jaxpref import gradients, logprobs
 from jaxpref.gradients import contractions
@@ -99,10 +99,7 @@ def some_pairs(pairs=2, seed=5):
 
 def response_logp(policy):
     def logp_fn(params, response):
-        scores = logprobs.response_scores(
-            policy, params, *response, max_response=4, head=logprobs.token_logprobs
-        )
-        return scores.logp
+        return logprobs.response_scores(policy, params, *response, max_response=4).logp
 
     return logp_fn
 
@@ -117,7 +114,21 @@ def test_every_family_equals_plain_gradients(name):
         expected = plain(params, tuple(x[i] for x in pairs))
         np.testing.assert_allclose(found.gram[i], expected, rtol=1e-9)
     rules = gradients.explain(logp_fn, params, tuple(x[0] for x in pairs))
-    assert not any("kernel" in path for path, rule in rules.items() if rule == "gradient")
+    # The unembedding's, too: of the default head, whose own derivative is a whole table.
+    whole = {path for path, rule in rules.items() if rule == "gradient"}
+    assert not any(name in path for path in whole for name in ("kernel", "embedding", "positions"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_gradient_of_the_tables_size_is_held(tied):
+    """By the head that is the default: the largest are the slopes of its logits."""
+    vocab, width = 600, 24
+    policy, params = a_model(vocab=vocab, width=width, layers=1, tied=tied)
+    pair, logp_fn = tuple(x[0] for x in some_pairs()), response_logp(policy)
+    fast = functools.partial(gradients.gram, logp_fn)
+    assert largest_array(fast, params, pair) == 2 * 4 * vocab  # responses, tokens
+    plain = jax.vmap(jax.grad(logp_fn), (None, 0))
+    assert largest_array(plain, params, pair) == 2 * vocab * width
 
 
 def test_parts_are_the_grams_of_single_parameters():
@@ -147,9 +158,8 @@ def test_a_function_of_the_whole_pair_gives_the_same():
 
     def both(params, pair):
         scores = logprobs.shared_prompt_scores(
-            policy, params, *(x[None] for x in pair), packed_time=2 * TIME, max_response=4,
-            head=logprobs.token_logprobs,
-        )  # fmt: skip
+            policy, params, *(x[None] for x in pair), packed_time=2 * TIME, max_response=4
+        )
         return scores.logp[0]
 
     fast = functools.partial(gradients.pair_grams, both, responses="together")

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grams import largest_array
 
 from jaxpref import logprobs
 from jaxpref.models.decoder import Decoder, DecoderConfig, Policy, functional
+from jaxpref.plain import ASKED
 
 PAIRS, TIME, VOCAB, WIDTH = 5, 9, 13, 8
 SETTINGS = hypothesis.settings(
@@ -164,6 +166,43 @@ def test_certain_tokens_have_finite_logprobs_and_gradients(fn):
     np.testing.assert_array_equal(slopes[0], [[[0.0, 0.0], [-2.0, 1.0]]])  # W_y - W_top
 
 
+@pytest.mark.parametrize("impossible", [slice(0, 5), slice(5, 10), slice(3, 12)])
+def test_words_that_are_impossible_leave_the_others_as_they_are(impossible):
+    """Logits of minus infinity, of whole chunks: as a model has them for rows it never learned."""
+    draw = np.random.default_rng(5)
+    hidden = jnp.asarray(1 + abs(draw.normal(size=(4, WIDTH))))
+    unembedding = jnp.asarray(draw.normal(size=(VOCAB, WIDTH))).at[impossible, 0].set(-jnp.inf)
+    targets = jnp.array([0, 4, 7, 12])
+    fn = functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5)
+    possible = [word for word in range(VOCAB) if word not in range(VOCAB)[impossible]]
+    found = jax.jit(fn)(hidden, unembedding, targets)
+    rest = numpy_logp(hidden, unembedding[np.array(possible)])
+    among = np.full((4, VOCAB), -np.inf)
+    among[:, possible] = rest
+    np.testing.assert_allclose(found, pick(among, targets), rtol=1e-12, atol=1e-12)
+    whole = logprobs.token_logprobs(hidden, unembedding, targets)
+    np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-12)
+    statistics = logprobs.token_statistics(hidden, unembedding, targets)
+    np.testing.assert_allclose(statistics.entropy, -(np.exp(rest) * rest).sum(axis=-1), rtol=1e-9)
+    assert float(abs(logprobs.token_kl(hidden, unembedding, hidden, unembedding)).max()) == 0
+    learned = jnp.where(jnp.isneginf(unembedding), 0, unembedding)
+    kl = (np.exp(rest) * (rest - numpy_logp(hidden, learned)[:, possible])).sum(axis=-1)
+    other = logprobs.token_kl(hidden, unembedding, hidden, learned)
+    np.testing.assert_allclose(other, kl, rtol=1e-9)
+
+
+def test_who_reads_programs_gets_the_plain_head(states):
+    """Their two programs stand side by side, jitted or not, and have the same numbers."""
+    hidden, unembedding, targets, _ = states
+    fn = jax.jit(functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5))
+    arguments = hidden, unembedding, targets
+    with ASKED(True):
+        asked, program = fn(*arguments), str(jax.make_jaxpr(fn)(*arguments))
+    assert "custom_vjp" not in program
+    assert "custom_vjp" in str(jax.make_jaxpr(fn)(*arguments))
+    np.testing.assert_allclose(asked, fn(*arguments), rtol=1e-12)
+
+
 @HEADS
 def test_a_target_outside_the_vocabulary_has_no_logprob(states, fn):
     targets = jnp.array([VOCAB, -1, VOCAB - 1])
@@ -175,19 +214,6 @@ def test_a_target_outside_the_vocabulary_has_no_logprob(states, fn):
 def test_a_chunk_size_that_is_not_positive_is_named(states, name):
     with pytest.raises(ValueError, match=f"{name}: expected a positive integer or None, got 0"):
         logprobs.token_logprobs_chunked(*states[:3], **{name: 0})
-
-
-def largest_array(fn, *args):
-    """Number of elements of the largest intermediate of a function and its inner functions."""
-
-    def walk(jaxpr):
-        for equation in jaxpr.eqns:
-            for variable in equation.outvars:
-                yield variable.aval.size
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                yield from walk(inner)
-
-    return max(walk(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 BIG = {"positions": 256, "vocab": 512, "width": 4}

@@ -13,6 +13,7 @@ Source: Goodfellow (2015), https://arxiv.org/abs/1510.01799, for one row; Li et 
 clipping", https://arxiv.org/abs/2110.05679, for sequences; the cross terms follow by bilinearity.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -71,9 +72,8 @@ def index(
     """Gram of the gradients of a table of which the rows `ids` were read; -1 read nothing."""
     weighted = slopes
     if metric is not None:
-        weights = jnp.take(metric, ids, axis=0, mode="clip")[:, None].astype(slopes.dtype)
-        weighted = slopes * jnp.broadcast_to(weights, slopes.shape)
-    between = lambda i, j: _overlap(_at(ids, i), _at(ids, j), slopes.dtype)  # noqa: E731
+        weighted = _times(slopes, jnp.take(metric, ids, axis=0, mode="clip")[:, None])
+    between = lambda i, j: _overlap(_at(ids, i), _at(ids, j))  # noqa: E731
     return _by_rows(between, weighted, slopes, symmetric=True)
 
 
@@ -82,31 +82,27 @@ def held(
 ) -> Gram:
     """Gram of gradients that are held as such; with a metric, ``<g, metric * g'>``."""
     n, m = gradients.shape[:2]
-    flat = gradients.reshape(n * m, -1)
-    weighted = flat
-    if metric is not None:
-        weighted = flat * jnp.broadcast_to(metric.reshape(1, -1).astype(flat.dtype), flat.shape)
+    flat = gradients.reshape(n * m, math.prod(gradients.shape[2:]))
+    weighted = flat if metric is None else _times(flat, metric.reshape(1, flat.shape[1]))
     return _all_products(weighted, flat).reshape(n, m, n, m)
 
 
 def shared(uses: Sequence[Use]) -> Gram:
     """Gram of the gradients of a table that is used several times: all pairs of its uses."""
-    total = 0.0
+    wide = _accumulator(*(factor for use in uses for factor in use[:2]))
+    parts = []
     for k, use in enumerate(uses):
-        total += _cross(use, use)
-        for other in uses[:k]:
-            once = _cross(use, other)
-            total += once + once.transpose(2, 3, 0, 1)
-    return jnp.asarray(total)
+        once = [_cross(use, other).astype(wide) for other in uses[:k]]
+        parts += [_cross(use, use).astype(wide), *once, *(x.transpose(2, 3, 0, 1) for x in once)]
+    return sum(parts[1:], start=parts[0])
 
 
 def _cross(one: Use, two: Use) -> Gram:
     """``sum_st <rows_s, rows'_t> <columns_s, columns'_t>`` of two uses."""
     if (one.own, two.own) in (("columns", "rows"), ("columns", "both"), ("rows", "both")):
         return _cross(two, one).transpose(2, 3, 0, 1)
-    dtype = one.columns.dtype
     if one.own == two.own == "columns":
-        between = lambda i, j: _overlap(_at(one.rows, i), _at(two.rows, j), dtype)  # noqa: E731
+        between = lambda i, j: _overlap(_at(one.rows, i), _at(two.rows, j))  # noqa: E731
         return _by_rows(between, one.columns, two.columns)
     if one.own == two.own == "rows":
         between = lambda i, j: product(_at(one.columns, i), _at(two.columns, j), 1, 1)  # noqa: E731
@@ -116,12 +112,12 @@ def _cross(one: Use, two: Use) -> Gram:
         rows = _at(one.rows, i), _at(two.rows, j)
         columns = _at(one.columns, i), _at(two.columns, j)
         if one.own == two.own:  # both factors of both
-            return _overlap(*rows, dtype) * _overlap(*columns, dtype)
+            return _times(_overlap(*rows), _overlap(*columns))
         if two.own == "rows":  # both factors of the first, the rows of the second
-            return _diagonal(_overlap(*columns, dtype), *rows)
+            return _diagonal(_overlap(*columns), *rows)
         if one.own == "both":
-            return _diagonal(_overlap(*rows, dtype), *columns)
-        left = jnp.stack([_overlap(x, rows[1], dtype) for x in rows[0]])
+            return _diagonal(_overlap(*rows), *columns)
+        left = jnp.stack([_overlap(x, rows[1]) for x in rows[0]])
         right = jnp.stack([product(columns[0], x, 1, 1) for x in columns[1]])
         return _all_products(left.reshape(len(left), -1), right.reshape(len(right), -1))
 
@@ -130,8 +126,7 @@ def _cross(one: Use, two: Use) -> Gram:
 
 def _diagonal(weights: Array, single: Array, many: Array) -> Array:
     """``sum_t weights[a, t] <single[a], many[b, t]>`` as ``[a b]``."""
-    products = jnp.einsum("aw,btw->abt", single, many, **_exact(single))
-    return jnp.einsum("at,abt->ab", weights, products, **_exact(products))
+    return _sum("at,abt->ab", weights, _sum("aw,btw->abt", single, many))
 
 
 def _by_rows(
@@ -168,20 +163,19 @@ def _mixed(weights: Float[Array, "new rows"], slopes: Float[Array, "outputs rows
     """The rows of each output in other proportions, ``[outputs new width]``."""
     if len(slopes) == 1:
         return product(weights, slopes[0], 1, 0)[None]
-    weights = weights.astype(slopes.dtype)
-    return jnp.einsum("st,atw->asw", weights, slopes, **_exact(slopes))
+    return _sum("st,atw->asw", weights, slopes)
 
 
 def _at(factor: Array, i: Any) -> Array:
     return factor[0] if len(factor) == 1 else factor[i]
 
 
-def _overlap(left: Array, right: Array, dtype: DTypeLike) -> Array:
+def _overlap(left: Array, right: Array) -> Array:
     """``[rows rows']`` inner products of rows, either of which may be ids of one-hot rows."""
-    if left.ndim == 1 and right.ndim == 1:
-        return ((left[:, None] == right[None]) & (left[:, None] >= 0)).astype(dtype)
+    if left.ndim == 1 and right.ndim == 1:  # 0 and 1 are exact in every dtype
+        return ((left[:, None] == right[None]) & (left[:, None] >= 0)).astype(jnp.float32)
     if left.ndim == 1:
-        return _overlap(right, left, dtype).T
+        return _overlap(right, left).T
     if right.ndim == 1:
         picked = jnp.take(left, right, axis=1, mode="clip")
         real = jnp.broadcast_to(right[None] >= 0, picked.shape)
@@ -191,7 +185,7 @@ def _overlap(left: Array, right: Array, dtype: DTypeLike) -> Array:
 
 def _all_products(left: Array, right: Array) -> Array:
     """``[a b]`` inner products of all rows of two matrices."""
-    if len(left) * len(right) > 16:
+    if len(left) * len(right) > 16 or left.shape[1] <= PIECE:
         return product(left, right, 1, 1)
     # One by one: as a product of matrices of few long rows they take many times longer on CPU.
     return jnp.stack([jnp.stack([inner(x, y) for y in right]) for x in left])
@@ -199,9 +193,29 @@ def _all_products(left: Array, right: Array) -> Array:
 
 def product(left: Array, right: Array, contract: int, with_: int) -> Array:
     """Sum over one axis of each, in float32 or wider."""
-    if left.dtype != right.dtype:  # one of them is a sum already, of a dtype wider than the model's
-        left, right = (x.astype(_accumulator(x)) for x in (left, right))
+    left, right = _alike(left, right)
     return jax.lax.dot_general(left, right, (((contract,), (with_,)), ((), ())), **_exact(left))
+
+
+def _sum(subscripts: str, left: Array, right: Array) -> Array:
+    """Einsum in float32 or wider."""
+    left, right = _alike(left, right)
+    return jnp.einsum(subscripts, left, right, **_exact(left))
+
+
+def _times(left: Array, right: Array) -> Array:
+    """Entry by entry, axes of one repeated, in float32 or wider."""
+    wide = _accumulator(left, right)
+    left, right = jnp.broadcast_arrays(left.astype(wide), right.astype(wide))
+    return left * right
+
+
+def _alike(left: Array, right: Array) -> tuple[Array, Array]:
+    """Both in one dtype: if one is a sum already, it is wider than the model's."""
+    if left.dtype == right.dtype:
+        return left, right
+    wide = _accumulator(left, right)
+    return left.astype(wide), right.astype(wide)
 
 
 def _exact(operand: Array) -> dict:
@@ -209,8 +223,8 @@ def _exact(operand: Array) -> dict:
     return {"precision": highest, "preferred_element_type": _accumulator(operand)}
 
 
-def _accumulator(x: Array) -> DTypeLike:
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+def _accumulator(*arrays: Array) -> DTypeLike:
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32
 
 
 def inner(left: Array, right: Array) -> Float[Array, ""]:
@@ -219,7 +233,7 @@ def inner(left: Array, right: Array) -> Float[Array, ""]:
     One running sum in float32 of the squares of SmolLM2's 28 million embeddings is 5 % too small.
     """
     rows = [_in_pieces(x.reshape(-1)) for x in (left, right)]
-    sums = jnp.einsum("ij,ij->i", *rows, **_exact(left))
+    sums = _sum("ij,ij->i", *rows)
     while sums.size > 1:
         sums = _in_pieces(sums).sum(axis=1)
     return sums.sum()

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from jaxpref import plain
+from jaxpref.gradients import _inputs
+
 
 def directional(
     fn: Callable[[PyTree], PyTree], params: PyTree, tangent: PyTree
@@ -19,7 +22,8 @@ def directional(
 
     Args:
         fn: Function of `params` with any pytree of arrays as output. It must allow forward-mode
-            derivatives (a function with only a custom VJP does not; JAX says so).
+            derivatives (a function with only a custom VJP does not; JAX says so. This library's
+            own are plain operations here).
         params: Any pytree of floating arrays.
         tangent: Direction, of the structure, shapes and dtypes of `params`.
 
@@ -28,6 +32,7 @@ def directional(
         that name no precision run at the highest one: the sign of a small change is the finding.
 
     Raises:
+        ValueError: a parameter that is no floating array.
         TypeError: from JAX, when `tangent` does not match `params`.
 
     >>> import jax.numpy as jnp
@@ -37,7 +42,8 @@ def directional(
 
     Source: the definition of the directional derivative.
     """
-    with jax.default_matmul_precision("highest"):
+    _inputs.require_floating(params)
+    with jax.default_matmul_precision("highest"), plain.ASKED(True):
         return jax.jvp(fn, (params,), (tangent,))
 
 
@@ -69,6 +75,7 @@ def flow_rates(
         of flow time.
 
     Raises:
+        ValueError: a parameter that is no floating array.
         TypeError: from JAX, when the loss is not a scalar.
 
     >>> import jax.numpy as jnp
@@ -81,7 +88,8 @@ def flow_rates(
         Razin, Malladi, Bhaskar, Chen, Arora, Hanin (2024), the gradient flow behind Theorems 1 to
         9, https://arxiv.org/abs/2410.08847
     """
-    with jax.default_matmul_precision("highest"):
+    _inputs.require_floating(params)
+    with jax.default_matmul_precision("highest"), plain.ASKED(True):
         value, pullback = jax.vjp(logp_fn, params)
         (slope,) = pullback(jax.grad(loss_of_logp)(value))
     return directional(logp_fn, params, jax.tree.map(lambda leaf: -leaf, slope))

@@ -10,7 +10,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxpref.gradients import contractions
+from jaxpref import plain
+from jaxpref.gradients import _inputs, contractions
 from jaxpref.gradients.planned import Planned
 
 LogpFn = Callable[[PyTree, PyTree], Float[Array, "*outputs"]]
@@ -54,6 +55,7 @@ def pair_gram(logp_fn: LogpFn, params: PyTree, pair: PyTree) -> Float[Array, "2 
     References:
         Yuan et al. (2024), Section 3, https://arxiv.org/abs/2410.13828
     """
+    _inputs.require_floating(params)
     with jax.default_matmul_precision("highest"):
         chosen, rejected = (jax.tree.map(lambda x, i=i: x[i], pair) for i in (0, 1))
         both = [jax.grad(logp_fn)(params, response) for response in (chosen, rejected)]
@@ -145,7 +147,7 @@ def gram(
     Args:
         logp_fn: ``(params, example) -> []`` or ``[outputs]``, nats.
         params: Any pytree of floating arrays.
-        examples: Pytree of arrays with a first axis `examples`.
+        examples: Pytree of arrays with a first axis `examples`, which may be empty.
         metric: As in `pair_grams`.
 
     Returns:
@@ -161,21 +163,16 @@ def gram(
 
     Source: the empirical neural tangent kernel of the log-probabilities, by `contractions`.
     """
-    one = first_of(examples)
-    shape = jax.eval_shape(logp_fn, params, one).shape
-    if len(shape) > 1:
-        raise ValueError(f"logp_fn: got shape {shape}, expected [] or [outputs]")
-    n, m = len(jax.tree.leaves(examples)[0]), math.prod(shape)
 
     def directions(logp, example):
-        return jnp.eye(m, dtype=logp.dtype).reshape(m, *shape)
+        return jnp.eye(logp.size, dtype=logp.dtype).reshape(logp.size, *logp.shape)
 
+    planned, n, shape = _planned(logp_fn, params, examples, metric)
     with jax.default_matmul_precision("highest"):
-        planned = Planned(logp_fn, params, one, (n, m), metric=metric)
         logp, parts = planned.grams(examples, directions)
     parts = [x.reshape(*x.shape[:-4], n, *shape, n, *shape) for x in parts]
     axes = 2 + 2 * len(shape)
-    total = sum(x.reshape(-1, *x.shape[x.ndim - axes :]).sum(axis=0) for x in parts)
+    total = sum(x.sum(axis=tuple(range(x.ndim - axes))) for x in parts)
     return Grams(jnp.asarray(total), logp, planned.structure.unflatten(parts))
 
 
@@ -202,16 +199,19 @@ def explain(logp_fn: LogpFn, params: PyTree, examples: PyTree) -> dict[str, str]
 
     Source: the plan that `gram` follows.
     """
-    one = first_of(examples)
-    shape = jax.eval_shape(logp_fn, params, one).shape
-    square = len(jax.tree.leaves(examples)[0]), math.prod(shape)
-    planned = Planned(logp_fn, params, one, square)
+    planned, _, _ = _planned(logp_fn, params, examples, None)
     return {path: planned.way(leaf) for leaf, path in enumerate(planned.paths)}
 
 
-def first_of(examples: PyTree) -> PyTree:
-    """Shapes of one example."""
-    return jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), examples)
+def _planned(
+    logp_fn: LogpFn, params: PyTree, examples: PyTree, metric: PyTree | None
+) -> tuple[Planned, int, tuple[int, ...]]:
+    """A function's plan, the number of examples, and the shape of each one's outputs."""
+    _inputs.require_floating(params)
+    one, n = _inputs.first_of(examples)
+    with jax.default_matmul_precision("highest"), plain.ASKED(True):
+        shape = _inputs.output_of(logp_fn, params, one)
+        return Planned(logp_fn, params, one, (n, math.prod(shape)), metric=metric), n, shape
 
 
 def _require_finite(logp: Array) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array
 
-from jaxpref.gradients import contractions, programs, rules
+from jaxpref.gradients import contractions, forms, programs, rules
 
 Path = tuple[int, ...]  # the equations that a place in the program lies in, outermost first
 Scope = tuple[tuple[str, int], ...]  # those of them that are scans or checkpoints
@@ -172,24 +173,23 @@ class Walk:
 
     def _equation(self, jaxpr, equation, values, here: Path, scope: Scope) -> list[Any]:
         at = [i for i, value in enumerate(values) if isinstance(value, Parameter)]
-        name, params = equation.primitive.name, equation.params
         if not at:
             return programs.bind(jaxpr, equation, values)
-        if name in programs.VIEWS and len(values) == 1:
+        if programs.is_view(equation) and len(values) == 1:
             return [_view(jaxpr, equation, values[0])]
-        if name in programs.CALLS:
-            inner = programs.open_program(params[programs.CALLS[name]])
-            return self.run(*inner, values, here, scope)
-        if name in programs.CHECKPOINTS:
-            return self._checkpoint(params, values, here, scope)
-        if name == "scan":
-            return self._scan(params, values, here, scope)
+        inner = forms.nested(equation)
+        if inner is not None and inner.kind == "call":
+            return self.run(inner.jaxpr, inner.consts, values, here, scope)
+        if inner is not None:
+            nested = self._checkpoint if inner.kind == "checkpoint" else self._scan
+            return nested(equation.params, inner, values, here, scope)
         if len(at) == 1 and programs.rule_of(equation, at[0]):
             return [self._site(jaxpr, equation, values, at[0], here, scope)]
         return programs.bind(jaxpr, equation, [self._plain(v, here, scope) for v in values])
 
     def _site(self, jaxpr, equation, values, operand: int, here: Path, scope: Scope) -> Array:
-        parameter, other = values[operand], values[1 - operand]
+        parameter, beside = values[operand], equation.invars[1 - operand].aval
+        other = jnp.asarray(values[1 - operand], beside.dtype)  # it may be a number
 
         def call(other, value):
             both = (other, value) if operand == 1 else (value, other)
@@ -209,20 +209,22 @@ class Walk:
             return call(other, parameter.value)
         return rules.tapped(call, other, parameter.value, self.room[here])
 
-    def _checkpoint(self, params, values, here: Path, scope: Scope) -> list[Any]:
+    def _checkpoint(
+        self, params, inner: forms.Nested, values, here: Path, scope: Scope
+    ) -> list[Any]:
         inside = (*scope, ("checkpoint", here[-1]))
         arrays, rebuild = _apart(self._once(values, here, scope))
 
         def program(*arrays):
-            inner = programs.open_program(params["jaxpr"])
-            return self.arrays(*inner, rebuild(arrays), at=here, scope=inside)
+            return self.arrays(inner.jaxpr, inner.consts, rebuild(arrays), at=here, scope=inside)
 
-        options = {"policy": params["policy"], "prevent_cse": params["prevent_cse"]}
-        return jax.checkpoint(program, **options)(*arrays)
+        # It may be a choice for each input; there are others now, and True is right for all.
+        apart = params["prevent_cse"] is not False
+        return jax.checkpoint(program, policy=params["policy"], prevent_cse=apart)(*arrays)
 
-    def _scan(self, params, values, here: Path, scope: Scope) -> list[Any]:
+    def _scan(self, params, inner: forms.Nested, values, here: Path, scope: Scope) -> list[Any]:
         """Parameters that the scan slices keep their rules inside; others are used whole."""
-        consts, carries = params["num_consts"], params["num_carry"]
+        consts, carries, _ = inner.groups
         before = [self._plain(v, here, scope) for v in values[: consts + carries]]
         sliced = self._once(values[consts + carries :], here, scope)
         arrays, rebuild = _apart(
@@ -231,9 +233,8 @@ class Walk:
         inside = (*scope, ("scan", here[-1]))
 
         def body(carry, arrays):
-            inner = programs.open_program(params["jaxpr"])
             inputs = [*before[:consts], *carry, *map(_slice_of, rebuild(arrays))]
-            outputs = self.arrays(*inner, inputs, at=here, scope=inside)
+            outputs = self.arrays(inner.jaxpr, inner.consts, inputs, at=here, scope=inside)
             return outputs[:carries], outputs[carries:]
 
         options = {name: params[name] for name in ("length", "reverse", "unroll")}

@@ -22,7 +22,7 @@ class Planned:
         tables: Numbers of parameters that have uses outside of `fn`, which `grams` is given.
 
     Raises:
-        ValueError: a parameter that is not floating, a metric of another shape.
+        ValueError: a metric of another structure or shape.
     """
 
     def __init__(
@@ -67,6 +67,10 @@ class Planned:
             further: Of each of the `tables`, ``outputs -> use``.
         """
         rooms = self._rooms()
+        if 0 in self.square:  # no example or no output
+            output: Any = self.program[0].outvars[0].aval
+            outputs = jnp.zeros((self.square[0], *output.shape), output.dtype)
+            return outputs, [jnp.zeros((*x.shape, *self.square), x.dtype) for x in rooms]
         slots = {place: jnp.zeros(*tap.slope()) for place, tap in self.taps.items()}
 
         def of_example(example):
@@ -105,7 +109,11 @@ class Planned:
 
     def _evaluate(self, walk: insertion.Walk, rooms: list[Any], example: PyTree) -> Array:
         each = enumerate(zip(self.leaves, rooms, self.metric, strict=True))
-        inputs = [insertion.Parameter(i, *x, axes=tuple(range(x[0].ndim))) for i, x in each]
+        inputs = [
+            # A parameter without entries has no gradient.
+            insertion.Parameter(i, *x, axes=tuple(range(x[0].ndim))) if x[0].size else x[0]
+            for i, x in each
+        ]
         (output,) = walk.arrays(*self.program, [*inputs, *jax.tree.leaves(example)])
         return output
 
@@ -116,14 +124,19 @@ class Planned:
         return [jnp.zeros((*leaf.shape[: plan.depth], *self.square), wide) for leaf, plan in each]
 
     def _checked(self, metric: PyTree | None) -> list[Any]:
-        for path, leaf in zip(self.paths, self.leaves, strict=True):
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                expected = "floating numbers (close over what is not trained)"
-                raise ValueError(f"params{path}: got {leaf.dtype}, expected {expected}")
         if metric is None:
             return [None] * len(self.leaves)
-        weights = self.structure.flatten_up_to(metric)
+        weights, structure = jax.tree.flatten(metric)
+        if structure != self.structure:
+            came, expected = (
+                f"{type(x).__name__} of {n} arrays"
+                for x, n in (
+                    (metric, len(weights)),
+                    (self.structure.unflatten(self.leaves), len(self.leaves)),
+                )
+            )
+            raise ValueError(f"metric: got a {came}, expected the parameters' {expected}")
         for path, weight, leaf in zip(self.paths, weights, self.leaves, strict=True):
-            if weight.shape != leaf.shape:
-                raise ValueError(f"metric{path}: got {weight.shape}, expected {leaf.shape}")
-        return weights
+            if jnp.shape(weight) != leaf.shape:
+                raise ValueError(f"metric{path}: got {jnp.shape(weight)}, expected {leaf.shape}")
+        return [jnp.asarray(weight) for weight in weights]

@@ -1,6 +1,6 @@
 """Traced programs: tracing, evaluating one equation, and the matrix form of its operands.
 
-The only module that reads jax's program representation, with `insertion`.
+The only module that reads jax's program representation, with `insertion` and `forms`.
 """
 
 import math
@@ -13,10 +13,11 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 from jaxtyping import Array
 
-VIEWS = ("transpose", "convert_element_type", "reshape", "squeeze", "copy", "copy_p")
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+from jaxpref.gradients import forms
+
 Rule = Literal["product", "rows"]
-CHECKPOINTS = ("checkpoint", "remat", "remat2")
+Mode = jax.lax.GatherScatterMode
+MODES = (Mode.CLIP, Mode.FILL_OR_DROP, Mode.PROMISE_IN_BOUNDS)
 
 
 def trace(fn: Callable, *arguments: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -26,11 +27,6 @@ def trace(fn: Callable, *arguments: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
     # A model that hands all its parameters through a scan would otherwise use them all there.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, needed, instantiate=True)
     return jaxpr, closed.consts
-
-
-def open_program(program: Any) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """A nested program and its constants, whether it is closed or not."""
-    return (program.jaxpr, program.consts) if hasattr(program, "consts") else (program, ())
 
 
 def bind(jaxpr: core.Jaxpr, equation: Any, values: Sequence[Any]) -> list[Any]:
@@ -60,11 +56,23 @@ def _dropped(variable: Any) -> bool:
 
 def rule_of(equation: Any, operand: int) -> Rule | None:
     """The rule of this operation with a parameter as operand, if it has one."""
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        _, batch = params["dimension_numbers"]
-        return None if any(batch) else "product"
-    return "rows" if name == "gather" and operand == 0 and _reads_rows(equation) else None
+    if not forms.is_known(equation, forms.RULES):
+        return None
+    if equation.primitive.name == "dot_general":
+        _, batch = equation.params["dimension_numbers"]
+        real = all(_is_floating(v) for v in (*equation.invars, *equation.outvars))
+        return "product" if real and not any(batch) else None
+    return "rows" if operand == 0 and _reads_rows(equation) else None
+
+
+def is_view(equation: Any) -> bool:
+    """Whether it moves or rounds the entries of its operand, which keep their derivatives."""
+    return forms.is_known(equation, forms.VIEWS) and _is_floating(equation.outvars[0])
+
+
+def _is_floating(variable: Any) -> bool:
+    """A derivative by complex numbers is another one, and by integers there is none."""
+    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
 def _reads_rows(equation: Any) -> bool:
@@ -73,6 +81,7 @@ def _reads_rows(equation: Any) -> bool:
     return (
         len(table) == 2
         and ids[-1] == 1
+        and params["mode"] in MODES
         and params["slice_sizes"] == (1, table[1])
         and numbers.collapsed_slice_dims == (0,)
         and numbers.start_index_map == (0,)
@@ -90,16 +99,17 @@ def common_factor(equation: Any, operand: int, other: Array) -> Array:
     """The operand beside the parameter: ``[rows in]``, or the ids of rows that were read."""
     if equation.primitive.name == "gather":
         ids, height = other.reshape(-1), equation.invars[0].aval.shape[0]
-        if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-            return jnp.clip(ids, 0, height - 1)
-        return jnp.where((ids >= 0) & (ids < height), ids, jnp.full_like(ids, -1))
+        last = min(height - 1, jnp.iinfo(ids.dtype).max)  # of a small or unsigned dtype, too
+        if equation.params["mode"] == Mode.CLIP:
+            return jnp.clip(ids, 0, last).astype(jnp.int32)
+        return jnp.where((ids >= 0) & (ids <= last), ids.astype(jnp.int32), -1)
     return _matrix(other, last=contracted(equation, 1 - operand))
 
 
 def own_factor(equation: Any, operand: int, slope: Array) -> Array:
     """The slope of the output as ``[rows out]``."""
     if equation.primitive.name == "gather":
-        return slope.reshape(-1, slope.shape[-1])
+        return _matrix(slope, last=[slope.ndim - 1])
     kept = equation.invars[operand].aval.ndim - len(contracted(equation, operand))
     first = slope.ndim - kept if operand == 1 else 0
     return _matrix(slope, last=range(first, first + kept))
@@ -116,5 +126,5 @@ def in_matrix_form(equation: Any, operand: int, metric: Array) -> Array:
 def _matrix(x: Array, *, last: Sequence[int], first: Sequence[int] | None = None) -> Array:
     """Two groups of axes as two axes."""
     first = [i for i in range(x.ndim) if i not in last] if first is None else first
-    width = math.prod(x.shape[i] for i in last)
-    return x.transpose(*first, *last).reshape(-1, width)
+    sizes = [math.prod(x.shape[i] for i in group) for group in (first, last)]
+    return x.transpose(*first, *last).reshape(sizes)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxpref.gradients import contractions, insertion, programs
-from jaxpref.gradients.gram import first_of
+from jaxpref import plain
+from jaxpref.gradients import _inputs, contractions, insertion, programs
 from jaxpref.gradients.planned import Planned
 
 
@@ -60,6 +60,7 @@ def token_gram(
     References:
         Yuan et al. (2024), Figure 4b, https://arxiv.org/abs/2410.13828
     """
+    _inputs.require_floating(params)
     leaf, axes = _read_by(unembedding_fn, params)
 
     def hidden_of(params, both):
@@ -79,16 +80,18 @@ def token_gram(
         return contractions.Use(*factors, "both")
 
     with jax.default_matmul_precision("highest"):
-        one = first_of((examples, targets))
-        square = targets.shape[0], targets.shape[1]
-        planned = Planned(hidden_of, params, one, square, tables=frozenset({leaf}))
+        one, n = _inputs.first_of((examples, targets))
+        with plain.ASKED(True):
+            square = n, targets.shape[1]
+            planned = Planned(hidden_of, params, one, square, tables=frozenset({leaf}))
         if planned.plans[leaf].rule != "shared":
             where = f"params{planned.paths[leaf]}"
             raise ValueError(f"{where}: is not only a table, expected a function of all tokens")
         hidden, parts = planned.grams((examples, targets), directions, {leaf: head})
-        logits = jnp.einsum("ntd,vd->ntv", hidden, unembedding_fn(params).astype(hidden.dtype))
+        unembedding = unembedding_fn(params).astype(hidden.dtype)
+        logits = contractions.product(hidden, unembedding, 2, 1)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
-    total = sum(x.reshape(-1, *x.shape[-4:]).sum(axis=0) for x in parts)
+    total = sum(x.sum(axis=tuple(range(x.ndim - 4))) for x in parts)
     return TokenGram(jnp.asarray(total), picked[..., 0])
 
 

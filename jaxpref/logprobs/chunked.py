@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.logprobs.tokens import accumulator, in_vocabulary, product, token_logits
+from jaxpref import plain
+from jaxpref.logprobs.tokens import (
+    accumulator,
+    in_vocabulary,
+    product,
+    token_logits,
+    token_logprobs,
+)
 
 
 def token_logprobs_chunked(
@@ -29,7 +36,9 @@ def token_logprobs_chunked(
     Derivatives: reverse mode (``jax.grad``, ``jax.vjp``) under ``jit``, ``vmap``, ``scan`` and
     ``checkpoint``, and forward over reverse (Hessian-vector products). ``jax.jvp`` of the function
     itself raises JAX's TypeError on ``custom_vjp``: use `token_logprobs` there. So does reverse
-    over reverse save memory no more: it keeps every chunk's logits.
+    over reverse save memory no more: it keeps every chunk's logits. For the functions of
+    `jaxpref.gradients`, which read programs and go forward, it is `token_logprobs` (see
+    `jaxpref.plain`).
 
     Args:
         hidden: Final-norm hidden states; ``hidden[..., t, :]`` predicts ``targets[..., t]``.
@@ -52,6 +61,8 @@ def token_logprobs_chunked(
     https://arxiv.org/abs/1805.02867
     """
     require_positive(vocab_chunk=vocab_chunk, time_chunk=time_chunk)
+    if plain.ASKED.value:
+        return token_logprobs(hidden, unembedding, targets)
     rows = min(unembedding.shape[0], vocab_chunk or unembedding.shape[0])
     axis, time = targets.ndim - 1, targets.shape[-1]
     states = cut_time(hidden, time_chunk, axis)
@@ -140,8 +151,9 @@ def _logprobs_forward(
             start, chunk, _, fresh = _vocabulary_chunk(unembedding, index, rows)
             logits = token_logits(hidden, chunk)
             new_top = jnp.maximum(top, logits.max(axis=-1))
-            weights = jnp.where(fresh, jnp.exp(logits - new_top[:, None]), 0)
-            total = total * jnp.exp(top - new_top) + weights.sum(axis=-1)
+            level = _level(new_top)
+            weights = jnp.where(fresh, jnp.exp(logits - level[:, None]), 0)
+            total = total * jnp.exp(top - level) + weights.sum(axis=-1)
             place = targets - start
             here = (place >= 0) & (place < rows)
             found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[:, None], axis=-1)[:, 0]
@@ -150,10 +162,15 @@ def _logprobs_forward(
         lowest = jnp.full(targets.shape, -jnp.inf, accumulator(hidden.dtype))
         start = lowest, jnp.zeros_like(lowest), lowest
         (top, total, picked), _ = jax.lax.scan(body, start, _indices(unembedding, rows))
-        return picked, top + jnp.log(total)
+        return picked, _level(top) + jnp.log(total)
 
     picked, logsumexp = jax.lax.map(vocabulary, (hidden, targets))
     return picked - logsumexp, (hidden, unembedding, targets, logsumexp)
+
+
+def _level(top: Array) -> Array:
+    """What logits are taken relative to: the largest, where there is one that is finite."""
+    return jnp.where(jnp.isfinite(top), top, 0)
 
 
 def _logprobs_backward(

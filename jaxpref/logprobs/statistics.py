@@ -68,7 +68,8 @@ def token_statistics(
     def chunk(hidden: Array, targets: Array) -> TokenStatistics:
         logits = token_logits(hidden, unembedding)
         surprise = jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits
-        entropy = (jnp.exp(-surprise) * surprise).sum(axis=-1)
+        possible = jnp.where(jnp.isposinf(surprise), 0, surprise)  # 0 log 0 is 0
+        entropy = (jnp.exp(-possible) * possible).sum(axis=-1)
         inside = in_vocabulary(targets, unembedding)
         logp = -jnp.take_along_axis(surprise, targets[..., None], axis=-1)[..., 0]
         is_top = inside & (logp >= -surprise.min(axis=-1))
@@ -129,7 +130,9 @@ def token_kl(
 
 
 def _kl_terms(logp: Array, logq: Array) -> Array:
-    ratio = logp - logq
+    impossible = jnp.isneginf(logp)  # of the term exp(logq) is left
+    ratio = jnp.where(impossible, 0, logp - logq)
     near = jnp.maximum(ratio, -1.0)  # beyond, exp(-ratio) may overflow: nothing cancels there
     far_term = jnp.exp(logp) * ratio + jnp.exp(logq) - jnp.exp(logp)
-    return jnp.where(ratio > -1.0, jnp.exp(logp) * (near + jnp.expm1(-near)), far_term)
+    term = jnp.where(ratio > -1.0, jnp.exp(logp) * (near + jnp.expm1(-near)), far_term)
+    return jnp.where(impossible, jnp.exp(logq), term)

@@ -167,9 +167,7 @@ def _scores(policy: Policy, columns: tuple[str, ...], mesh: Any, length: int, pa
 def _rate(policy: Policy, length: int, params: PyTree, pair: Any) -> jax.Array:
     def logp(params):
         one = (x[None] for x in pair)
-        return logprobs.shared_prompt_scores(
-            policy, params, *one, packed_time=length, head=logprobs.token_logprobs
-        ).logp[0]
+        return logprobs.shared_prompt_scores(policy, params, *one, packed_time=length).logp[0]
 
     _, rates = gradients.flow_rates(logp, lambda logp: logp[1] - logp[0], params)
     return -rates[0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 SQUARES = ("nu", "mean_square")  # what optax and `torch_rmsprop` call a running mean of squares
 
@@ -38,8 +38,10 @@ def linearised(
 
     Adam and RMSprop divide by running means of squares that include this very gradient. With those
     means held at the values that this update uses, it is linear in the gradient, and each pair's
-    share of it is well defined. ``jaxpref.gradients.pair_grams(..., metric=found.metric)`` then
-    predicts what the update does to each log-probability, to first order.
+    share of it is well defined. Where an entry's gradients were all zero, the slope is its limit
+    there: ``rate / eps``, or ``rate / sqrt(eps)`` where `eps` stands under the root.
+    ``jaxpref.gradients.pair_grams(..., metric=found.metric)`` then predicts what the update does
+    to each log-probability, to first order.
 
     Args:
         optimizer: SGD with or without momentum, Adam, AdamW, RMSprop, `torch_rmsprop`, and chains
@@ -54,8 +56,8 @@ def linearised(
         `Linearised`, of the structure of `params`. `metric` contains the learning rate.
 
     Raises:
-        ValueError: a running mean of squares without its `decay`, or an update that is not of
-            this form (seen only outside of `jax.jit`).
+        ValueError: a running mean of squares without its `decay`, or an update that is not finite
+            or not of this form (seen only outside of `jax.jit`).
 
     >>> params = gradient = jnp.array([3.0, -4.0])
     >>> found = linearised(optax.sgd(0.1), optax.sgd(0.1).init(params), gradient, params)
@@ -89,9 +91,15 @@ def _with_squares_of(new: PyTree, old: PyTree, decay: float | None) -> PyTree:
         if decay is None or not 0 < decay < 1:
             kind = type(before).__name__
             raise ValueError(f"decay: got {decay}, expected that of {kind}, between 0 and 1")
-        return before._replace(**{name: jax.tree.map(lambda x: x / decay, getattr(after, name))})
+        squares = jax.tree.map(_away_from_zero, getattr(after, name))
+        return before._replace(**{name: jax.tree.map(lambda x: x / decay, squares)})
 
     return jax.tree.map(held, old, new, is_leaf=lambda x: _squares(x) is not None)
+
+
+def _away_from_zero(squares: Array) -> Array:
+    """A root has no derivative at zero; that of the smallest numbers vanishes beside any `eps`."""
+    return jnp.maximum(squares, 1e3 * jnp.finfo(squares.dtype).tiny)
 
 
 def _require_linear(update: PyTree, metric: PyTree, carried: PyTree, gradient: PyTree) -> None:
@@ -99,6 +107,8 @@ def _require_linear(update: PyTree, metric: PyTree, carried: PyTree, gradient: P
     for u, d, c, g in zip(*leaves, strict=True):
         if isinstance(u, Tracer):
             return
+        if not np.isfinite(np.asarray(u)).all():
+            raise ValueError("optimizer: got an update that is not finite, expected finite numbers")
         scale = np.abs(np.asarray(c)) + np.abs(np.asarray(d * g)) + np.abs(np.asarray(u))
         error = np.abs(np.asarray(c - d * g - u))
         if not (error <= 1e-3 * scale).all():

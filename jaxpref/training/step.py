@@ -187,13 +187,19 @@ def _slope(score, loss, micro_batches, mesh, params, batch):
 
     def add(total, part):
         (value, scores), gradient = slope(params, _shard(part, mesh, axis=0))
-        return jax.tree.map(jnp.add, total, (value, gradient)), scores
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (value, gradient)), scores
 
     parts = jax.tree.map(functools.partial(_split, micro_batches), batch)
     (value, _), _ = jax.eval_shape(slope, params, jax.tree.map(lambda x: x[0], parts))
-    zero = (jnp.zeros(value.shape, value.dtype), jax.tree.map(jnp.zeros_like, params))
-    (value, gradient), scores = jax.lax.scan(add, zero, _shard(parts, mesh, axis=1))
+    zero = jax.tree.map(_zero_sum, (value, params))
+    total, scores = jax.lax.scan(add, zero, _shard(parts, mesh, axis=1))
+    value, gradient = jax.tree.map(lambda t, x: t.astype(x.dtype), total, (value, params))
     return (value, jax.tree.map(_join, scores)), gradient
+
+
+def _zero_sum(like: Any) -> Array:
+    """Where parts are summed: in at least float32, or small parts vanish beside the sum."""
+    return jnp.zeros(like.shape, jnp.float64 if like.dtype == jnp.float64 else jnp.float32)
 
 
 def _split(parts: int, x: Array) -> Array:
