@@ -16,6 +16,7 @@ argument changes the result. Its derivative in `logp` is the pull, ``[-d_w, +d_l
   ``grad`` or ``vmap`` over it) cannot be seen and is not.
 """
 
+from jaxpref.losses import _shapes
 from jaxpref.losses.anchored import apo_down as apo_down
 from jaxpref.losses.anchored import apo_zero as apo_zero
 from jaxpref.losses.anchored import cal_dpo as cal_dpo
@@ -129,3 +130,5 @@ from jaxpref.losses.unpaired import sft as sft
 from jaxpref.losses.unpaired import sft_token_mean as sft_token_mean
 from jaxpref.losses.weights import ld_logp as ld_logp
 from jaxpref.losses.weights import wpo_weight as wpo_weight
+
+_shapes.hold(__name__)
