@@ -40,8 +40,20 @@ def per_token(
 
 def bounded(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """``x``, but where ``exp(x)`` nears overflow the bound: there value and slope stand still."""
+    return _bounded(x, x)
+
+
+def bounded_together(x: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
+    """Both of a pair less what the larger has above the bound, so that their order stays."""
+    return _bounded(x, x.max(axis=-1, keepdims=True))
+
+
+def _bounded(x: Array, top: Array) -> Array:
     bound = 0.9 * math.log(float(jnp.finfo(x.dtype).max))
-    return x - jax.lax.stop_gradient(jax.nn.relu(x - bound))
+    still, top = jax.lax.stop_gradient((x, top))
+    # In this order nothing of the size of `top` is rounded away.
+    value = jnp.where(top > bound, bound + (still - top), still)
+    return value + jnp.where(jnp.isneginf(x), jnp.zeros_like(x), x - still)
 
 
 def below_one(log_p: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

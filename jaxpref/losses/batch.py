@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from jaxpref.losses._inputs import (
     AnyArray,
     Hyperparameter,
+    bounded,
     fraction,
     log_ratio,
     positive,
@@ -188,7 +189,9 @@ def kldo_moving_average(
     r, good = positive("beta", beta, u) * u, jnp.asarray(desirable)
     still = jax.lax.stop_gradient(r)
     average = jnp.logaddexp(wide(log_average).astype(r.dtype), jnp.log(EPSILON))
-    slope = jnp.where(good, jnp.zeros_like(r), jnp.exp(_masked(still, ~good) - average[..., None]))
+    slope = jnp.where(
+        good, jnp.zeros_like(r), jnp.exp(bounded(_masked(still, ~good) - average[..., None]))
+    )
     slope = jax.lax.stop_gradient(slope) / _count(~good, r)[..., None]
     value = _finite_or_zero(_log_mean_exp(still, ~good))
     return -_mean(r, good) + value + (slope * (r - still)).sum(axis=-1)
