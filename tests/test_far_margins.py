@@ -104,17 +104,24 @@ def far_in_float32():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_and_pulls_are_those_of_200_digits(name, far):
+    """The value where no exponent is beyond the bound, a pull where its own is not."""
     points, _ = grid(FAR)
     value, pulls = far[name]
     exponent = REWARDS[name][-1] if name in REWARDS else (lambda u: u if name == "chi_po" else 0)
+    below_one = name in ("comp_sum_mae", "comp_sum_generalised_cross_entropy")
     with decimal.localcontext(EXACT):
         for (w, l), *found in zip(points.tolist(), value, *pulls.T, strict=True):
-            if max(exponent(w), exponent(l)) < BOUND:
-                expected = [float(x) for x in exact(name, D(w), D(l))]
-                # exp(x) is good to x roundings; a slope such as s (1 - s) to one of 1.
-                for one, other, least in zip(found, expected, [1e-280, 1e-15, 1e-15], strict=True):
+            tops = [exponent(u) for u in (w, l)]
+            if name == "comp_sum_exponential":
+                tops = [0.1 * (l - w)] * 2
+            for one, other, top in zip(
+                found, exact(name, D(w), D(l)), [max(tops), *tops], strict=True
+            ):
+                if top < BOUND:
+                    # exp(x) is good to x roundings, a slope such as s (1 - s) to one of 1.
+                    least = 1e-16 if below_one else 1e-280
                     np.testing.assert_allclose(
-                        one, other, rtol=1e-12, atol=least, err_msg=f"at {w, l}"
+                        one, float(other), rtol=1e-12, atol=least, err_msg=f"at {w, l}"
                     )
 
 
@@ -152,7 +159,8 @@ def test_both_exponents_beyond_the_bound_are_no_tie(name):
     assert value[0] < 1e-6
     np.testing.assert_array_equal(pulls[0], 0)
     assert value[1] > 1e30
-    np.testing.assert_allclose(pulls[1, 1] / pulls[1, 0], np.exp(-10), rtol=1e-4)
+    assert np.isfinite(pulls).all()
+    assert pulls[1].min() > 1e30
 
 
 def test_a_stale_average_far_below_the_batch_leaves_kldo_finite():

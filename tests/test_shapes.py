@@ -53,7 +53,7 @@ def arrays_of(function):
 
 
 def arguments(function):
-    """Arrays of the right axes, three for ``*name``, and what else the function needs."""
+    """Arrays of the right axes, one axis for ``*name``, and what else the function needs."""
     given, sizes = {}, {}
     for name, (dims, kinds) in arrays_of(function).items():
         shape = [int(d) if d.isdigit() else sizes.setdefault(d, 3 + len(sizes)) for d in dims]
@@ -75,6 +75,8 @@ def wrong(function, given):
             if dim.isdigit() or sharing or dims.count(dim) > 1:
                 shape = [n + (i == axis) for i, n in enumerate(array.shape)]
                 yield name, np.ones(shape, array.dtype), [] if dim.isdigit() else sharing
+            if dim[0] != "*" and not dim.isdigit() and dim not in _shapes.MAY_BE_EMPTY:
+                yield name, array.take([], axis=axis), []
             if dim[0] == "*" and sharing:
                 yield name, array[None], sharing
                 yield name, array[0], sharing
@@ -91,9 +93,13 @@ def test_arrays_of_other_axes_are_refused_by_name_with_and_without_jit(name):
     given = arguments(function)
     order = list(given)
     if name not in NOT_TRACED:
-        static = {k: v for k, v in given.items() if k not in arrays_of(function)}
-        traced = {k: v for k, v in given.items() if k not in static}
-        jax.eval_shape(lambda arrays: function(**arrays, **static), traced)  # the right ones pass
+        right = {**given}
+        for k, (dims, _) in arrays_of(function).items():  # the right ones pass, of no pairs, too
+            star = [i for i, dim in enumerate(dims) if dim[0] == "*"]
+            right[k] = given[k].take([], axis=star[0]) if star else given[k]
+        static = {k: v for k, v in right.items() if k not in arrays_of(function)}
+        traced = {k: v for k, v in right.items() if k not in static}
+        jax.eval_shape(lambda arrays: function(**arrays, **static), traced)
 
     def traces(arrays, static):
         return jax.eval_shape(lambda arrays: function(**arrays, **static), arrays)
@@ -174,6 +180,9 @@ def test_lists_and_plain_numbers_pass():
     assert mean(np.zeros(1, jnp.bfloat16), 2) == 0
     for x, got in ([1], "int64"), ([True], "bool"), (np.ones(1, complex), "complex128"):
         with pytest.raises(ValueError, match=f"x: got {got}, expected floating numbers"):
+            mean(x, 2)
+    for x in ([1.0, [2.0]], [None]):
+        with pytest.raises(ValueError, match="x: got a list that is no array, expected"):
             mean(x, 2)
     with pytest.raises(ValueError, match=r"lengths: got shape \(2,\), expected one number"):
         mean(2.0, [1, 1])

@@ -27,8 +27,8 @@ def log_ratio(
 
 
 def counts(lengths: Num[AnyArray, "*batch"], like: Array) -> Float[Array, "*batch"]:
-    """Lengths, integers or not, in the dtype of ``like``."""
-    return jnp.asarray(lengths).astype(like.dtype)
+    """Lengths, integers or not, in the dtype of ``like``: data, so no gradient enters them."""
+    return jax.lax.stop_gradient(jnp.asarray(lengths).astype(like.dtype))
 
 
 def per_token(
@@ -46,6 +46,15 @@ def bounded(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 def bounded_together(x: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
     """Both of a pair less what the larger has above the bound, so that their order stays."""
     return _bounded(x, x.max(axis=-1, keepdims=True))
+
+
+@jax.custom_jvp
+def grown(x: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
+    """``e^x - 1`` of a pair: near overflow values that keep the pair's order, slopes `bounded`."""
+    return jnp.expm1(bounded_together(x))
+
+
+grown.defjvps(lambda tangent, _, x: jnp.exp(bounded(x)) * tangent)
 
 
 def _bounded(x: Array, top: Array) -> Array:

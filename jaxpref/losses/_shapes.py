@@ -20,6 +20,7 @@ KINDS = {
     Int: (jnp.integer, "integers"),
     Num: (jnp.number, "numbers"),
 }
+MAY_BE_EMPTY = ("pairs", "examples", "response", "time", "other_time")  # and every ``*name``
 
 
 def hold(room: str) -> None:
@@ -60,11 +61,19 @@ def _bound(name: str, value: object, hint: object, axes: dict) -> dict:
     dims, kinds = _read(hint)
     if dims is None or not (hasattr(value, "shape") or isinstance(value, list | tuple)):
         return axes
-    array = value if hasattr(value, "shape") else jnp.asarray(value)
+    try:
+        array = value if hasattr(value, "shape") else jnp.asarray(value)
+    except (TypeError, ValueError):
+        got = f"{name}: got a {type(value).__name__} that is no array"
+        raise ValueError(f"{got}, expected {_shown(dims, axes)}") from None
     shape, dtype = tuple(array.shape), getattr(array, "dtype", None)
     found = _matched(dims, shape, axes)
     if found is None:
         raise ValueError(f"{name}: got shape {shape}, expected {_shown(dims, axes)}")
+    for dim in dims:
+        if found.get(dim) == 0 and dim not in MAY_BE_EMPTY:
+            expected = f"{_shown(dims, axes)} with {dim} above 0"
+            raise ValueError(f"{name}: got shape {shape}, expected {expected}")
     is_number = isinstance(dtype, np.dtype) and (array is value or array.size > 0)
     if is_number and not _is_of(dtype, kinds):
         expected = " or ".join(KINDS[kind][1] for kind in kinds)

@@ -14,6 +14,7 @@ from jaxpref.losses._inputs import (
     Hyperparameter,
     bounded_together,
     fraction,
+    grown,
     log_ratio,
     positive,
     wide,
@@ -41,7 +42,7 @@ def f_dpo_forward_kl(
 
     Returns:
         One loss a pair, nats. Near overflow, a log-ratio below -79 in float32, both responses count
-        as moved up together until the lower one is there: the order stays, the numbers stand still.
+        as moved up together until the lower one is there, and their pulls stand still.
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
@@ -53,7 +54,7 @@ def f_dpo_forward_kl(
         Wang et al. (2023), Table 1, https://arxiv.org/abs/2309.16240
     """
     u = log_ratio(logp, reference)
-    x = positive("beta", beta, u) * margin(-jnp.exp(bounded_together(-u)))
+    x = positive("beta", beta, u) * margin(-grown(-u))
     return -jax.nn.log_sigmoid(x)
 
 
@@ -125,7 +126,7 @@ def f_dpo_alpha(
     """
     u = log_ratio(logp, reference)
     alpha = fraction("alpha", alpha, u)
-    score = -jnp.expm1(bounded_together(-alpha * u)) / alpha
+    score = -grown(-alpha * u) / alpha
     return -jax.nn.log_sigmoid(positive("beta", beta, u) * margin(score))
 
 
@@ -166,8 +167,8 @@ def chi_po(
     """
     u = log_ratio(logp, reference)
     beta, r_max = positive("beta", beta, u), positive("r_max", r_max, u)
-    grown = jnp.exp(bounded_together(u))
-    return -jax.nn.log_sigmoid(jnp.clip(beta * margin(u + grown), -2 * r_max, 2 * r_max))
+    reward = u + jnp.exp(bounded_together(u))
+    return -jax.nn.log_sigmoid(jnp.clip(beta * margin(reward), -2 * r_max, 2 * r_max))
 
 
 def h_dpo(

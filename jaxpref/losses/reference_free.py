@@ -13,7 +13,7 @@ from jaxpref.losses._inputs import (
     AnyArray,
     Hyperparameter,
     below_one,
-    bounded_together,
+    grown,
     nonnegative,
     per_token,
     positive,
@@ -287,7 +287,7 @@ def alphapo(
     a = per_token(wide(logp), lengths)
     beta, gamma = positive("beta", beta, a), nonnegative("gamma", gamma, a)
     alpha = positive("alpha", alpha, a)
-    reward = -jnp.expm1(bounded_together(-alpha * a)) / alpha
+    reward = -grown(-alpha * a) / alpha
     return -jax.nn.log_sigmoid(beta * margin(reward) - gamma)
 
 
