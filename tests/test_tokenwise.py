@@ -639,5 +639,5 @@ def test_hyperparameters_out_of_range_are_named(name, argument, default):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_data_of_another_shape_are_refused_not_broadcast(name):
-    with pytest.raises(ValueError, match=": got shape .*, expected"):
+    with pytest.raises(ValueError, match=r": got shape .*, expected"):
         bound(name)(jnp.stack([somewhere(name)] * 4))

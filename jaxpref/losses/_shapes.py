@@ -9,6 +9,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from types import FunctionType, UnionType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,17 +53,18 @@ def held(function: Callable) -> Callable:
     return checked
 
 
-def _bound(name: str, value: object, hint: object, axes: dict) -> dict:
+def _bound(name: str, value: Any, hint: Any, axes: dict) -> dict:
     """The sizes of axes known so far, with those of this argument; refused if they differ."""
     if isinstance(value, tuple) and hasattr(hint, "_fields"):
         for field, part in zip(hint._fields, value, strict=True):
             axes = _bound(f"{name}.{field}", part, hint.__annotations__[field], axes)
         return axes
     dims, kinds = _read(hint)
-    if dims is None or not (hasattr(value, "shape") or isinstance(value, list | tuple)):
+    is_list = isinstance(value, list | tuple)
+    if dims is None or not (is_list or hasattr(value, "shape")):
         return axes
     try:
-        array = value if hasattr(value, "shape") else jnp.asarray(value)
+        array: Any = jnp.asarray(value) if is_list else value
     except (TypeError, ValueError):
         got = f"{name}: got a {type(value).__name__} that is no array"
         raise ValueError(f"{got}, expected {_shown(dims, axes)}") from None
@@ -74,7 +76,7 @@ def _bound(name: str, value: object, hint: object, axes: dict) -> dict:
         if found.get(dim) == 0 and dim not in MAY_BE_EMPTY:
             expected = f"{_shown(dims, axes)} with {dim} above 0"
             raise ValueError(f"{name}: got shape {shape}, expected {expected}")
-    is_number = isinstance(dtype, np.dtype) and (array is value or array.size > 0)
+    is_number = isinstance(dtype, np.dtype) and not (is_list and array.size == 0)
     if is_number and not _is_of(dtype, kinds):
         expected = " or ".join(KINDS[kind][1] for kind in kinds)
         raise ValueError(f"{name}: got {dtype}, expected {expected}")
@@ -82,7 +84,7 @@ def _bound(name: str, value: object, hint: object, axes: dict) -> dict:
 
 
 @functools.cache
-def _read(hint: object) -> tuple[tuple[str, ...] | None, tuple]:
+def _read(hint: Any) -> tuple[tuple[str, ...] | None, tuple]:
     """Axes and kinds of numbers of an annotation; of one that is no array, None."""
     union = typing.get_origin(hint) in (typing.Union, UnionType)
     parts = typing.get_args(hint) if union else (hint,)
