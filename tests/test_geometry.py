@@ -35,6 +35,12 @@ def test_chosen_terms_of_the_worked_pair():
     assert [float(t) for t in terms] == [7.0, -2.0, 0.0]  # 4/2 + 10/2; -(1) * 2; nobody else
 
 
+def test_a_norm_does_not_hide_a_nan():
+    assert np.isnan(
+        embeddings.direction_geometry(WORKED.at[0, 0].set(jnp.nan), **WORKED_PAIR)
+    ).all()
+
+
 def test_token_rates_of_the_worked_pair():
     # <W_z, D> = (2, -8), their mean under p is -3: rates (5, -5); 5 = 7 - 2 as above.
     assert embeddings.token_rates(WORKED, jnp.zeros(2), **WORKED_PAIR).tolist() == [5.0, -5.0]

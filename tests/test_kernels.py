@@ -157,6 +157,12 @@ def test_embeddings_get_the_gradient_of_a_mahalanobis_kernel_and_its_precision_n
         np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_weights_and_rates_of_a_spectral_kernel_are_data():
+    slopes = jax.grad(losses.log_spectral_kernel, argnums=(0, 2, 3))(X, Y, *TWO)
+    assert (slopes[0] != 0).all()
+    np.testing.assert_array_equal(np.stack(slopes[1:]), 0)
+
+
 def test_kernels_of_far_embeddings_have_finite_logarithms_in_float32():
     far, near = jnp.full(3, 100.0, jnp.float32), jnp.zeros(3, jnp.float32)
     single = [x.astype(jnp.float32) for x in TWO]

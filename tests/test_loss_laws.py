@@ -513,6 +513,20 @@ def test_aft_detached_only_raises_and_aft_boundary_is_at_rest_on_its_boundary(ke
     np.testing.assert_allclose(rest[1], 0, atol=1e-15)
 
 
+AFT = (losses.aft, losses.aft_detached, losses.aft_boundary)
+
+
+@pytest.mark.parametrize("loss", [*AFT, losses.rrhf_list], ids=lambda f: f.__name__)
+def test_a_grade_that_is_nan_is_not_hidden_and_no_prompts_have_no_losses(loss, key):
+    logp, lengths, grades = four(key)
+    grades = np.asarray(grades, float)
+    grades[1, 2] = np.nan
+    assert np.array_equal(np.isnan(loss(logp, lengths, grades)), np.arange(len(logp)) == 1)
+    assert loss(logp[:0], lengths[:0], grades[:0]).shape == (0,)
+    if loss in AFT:
+        np.testing.assert_array_equal(loss(logp[:, :1], lengths[:, :1], grades[:, :1]), 0)
+
+
 def test_d2o_takes_the_mean_of_its_samples():
     logp, reference = jnp.array([-3.0, -5.0, -4.0, -6.0]), jnp.array([-3.5, -4.0, -4.2, -5.0])
     x = 0.2 * (0.5 - 1.0 + 0.2) / 3 - 0.4 * -1.0

@@ -140,6 +140,9 @@ def test_an_empty_response_has_no_mean_and_no_last_state():
     assert float(embeddings.ches(hidden, mask)) == -WIDTH
     assert np.isnan(embeddings.ches_length_normalised(hidden, mask))
     assert np.isnan(embeddings.last_hidden_similarity(hidden, mask))
+    assert np.isnan(embeddings.last_hidden_similarity(hidden[:, :0], mask[:, :0]))
+    assert embeddings.ches(hidden[:, :0], mask[:, :0]) == 0
+    assert embeddings.ches(hidden[None][:0], mask[None][:0]).shape == (0,)
 
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=list(SCORES))
@@ -152,21 +155,24 @@ def test_derivatives_agree_with_finite_differences(drawn, score):
 # The unembedding's Gram.
 
 
+@pytest.fixture(scope="module")
+def slopes(drawn):
+    """The gradient of every response's log-probability in the table, ``[pairs 2 vocab*width]``."""
+    hidden, targets, is_target, table = drawn
+    known = np.where(is_target[..., None], hidden, 0.0)
+
+    def logp(table):
+        each = logprobs.token_logprobs(jnp.asarray(known), table, jnp.asarray(targets))
+        return jnp.where(is_target, each, 0.0).sum(axis=-1)
+
+    return np.asarray(jax.jit(jax.jacrev(logp))(jnp.asarray(table))).reshape(PAIRS, 2, -1)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 11, 4096])
-def test_unembedding_gram_equals_autodiff(drawn, chunk):
+def test_unembedding_gram_equals_autodiff(drawn, slopes, chunk):
     hidden, targets, is_target, table = drawn
     gram = embeddings.unembedding_gram(hidden, targets, is_target, table, vocab_chunk=chunk)
-
-    def logp(table, states, ids):
-        return logprobs.token_logprobs(states, table, ids).sum()
-
-    for row in range(PAIRS):
-        slopes = [
-            jax.grad(logp)(jnp.asarray(table), jnp.asarray(h[m]), jnp.asarray(y[m])).reshape(-1)
-            for h, y, m in zip(hidden[row], targets[row], is_target[row], strict=True)
-        ]
-        expected = [[a @ b for b in slopes] for a in slopes]
-        np.testing.assert_allclose(gram[row], expected, rtol=1e-11)
+    np.testing.assert_allclose(gram, slopes @ slopes.swapaxes(-1, -2), rtol=1e-11)
 
 
 def test_unembedding_gram_of_far_logits(drawn):
@@ -254,16 +260,22 @@ def test_both_official_conventions(policy):
     all but the last with it (the package)."""
     model, params = policy
     script, package = [], []
+    states = jax.jit(model.hidden)
     for answer in ANSWERS:
-        without = np.array([PROMPT + answer])
-        script.append(np.asarray(model.hidden(params, without))[0, len(PROMPT) - 1 :])
-        with_end = np.array([PROMPT + answer + [END]])
-        package.append(np.asarray(model.hidden(params, with_end))[0, len(PROMPT) - 1 : -1])
+        for kept, text in ((script, PROMPT + answer), (package, [*PROMPT, *answer, END])):
+            room = np.array([text + [0] * (9 - len(text))])  # no state sees what comes after it
+            found = np.asarray(states(params, room))[0, len(PROMPT) - 1 : len(text)]
+            kept.append(found if kept is script else found[:-1])
     chosen, rejected = (np.array([*PROMPT, *answer, END], np.int32) for answer in ANSWERS)
     pair = pairs.TokenPair((chosen, rejected), (len(PROMPT), len(PROMPT)), (False, False))
     batch = batches.collate([pair], [0], pad_id=0)
-    shared = logprobs.shared_prompt_hidden(model, params, *batch[:3], packed_time=24)
-    apart = logprobs.response_hidden(model, params, *batch[:3])
+
+    @jax.jit
+    def both(params):
+        shared = logprobs.shared_prompt_hidden(model, params, *batch[:3], packed_time=24)
+        return shared, logprobs.response_hidden(model, params, *batch[:3])
+
+    shared, apart = both(params)
     for official in (script, package):
         for name, score in SCORES.items():
             expected = by_a_loop(name, *official)
@@ -277,13 +289,19 @@ def test_alpha_weights_give_the_rate_of_head_only_training(policy):
     model, params = policy
     tokens = np.array([[[*PROMPT, 1, 5, 2], [*PROMPT, 6, 5, 3]]])
     scored = np.broadcast_to(np.arange(6) >= 3, tokens.shape)
-    found = logprobs.response_hidden(model, params, tokens, tokens >= 0, scored)
-    table = model.unembedding(params)
 
-    def logp(table):
-        each = logprobs.token_logprobs(found.hidden, table, found.targets)
-        return jnp.where(found.is_target, each, 0.0).sum(-1)
+    @jax.jit
+    def rates_and_gram(params):
+        found = logprobs.response_hidden(model, params, tokens, tokens >= 0, scored)
+        table = model.unembedding(params)
 
-    _, rates = gradients.flow_rates(logp, lambda logp: (logp[..., 1] - logp[..., 0]).sum(), table)
-    gram = embeddings.unembedding_gram(found.hidden, found.targets, found.is_target, table)
+        def logp(table):
+            each = logprobs.token_logprobs(found.hidden, table, found.targets)
+            return jnp.where(found.is_target, each, 0.0).sum(-1)
+
+        _, rates = gradients.flow_rates(logp, lambda x: (x[..., 1] - x[..., 0]).sum(), table)
+        known = found.hidden, found.targets, found.is_target
+        return rates, embeddings.unembedding_gram(*known, table)
+
+    rates, gram = rates_and_gram(params)
     np.testing.assert_allclose(-embeddings.alpha_weighted_ches(gram), rates[:, 0], rtol=1e-11)

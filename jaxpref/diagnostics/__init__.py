@@ -18,3 +18,6 @@ from jaxpref.diagnostics.entanglement import norm_ratio as norm_ratio
 from jaxpref.diagnostics.entanglement import published_entanglement as published_entanglement
 from jaxpref.diagnostics.entanglement import pull_ratio as pull_ratio
 from jaxpref.diagnostics.entanglement import regime as regime
+from jaxpref.losses import _shapes
+
+_shapes.hold(__name__)

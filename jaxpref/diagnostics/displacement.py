@@ -48,8 +48,6 @@ def largest_drop(series: Float[AnyArray, "*batch steps"]) -> Drop:
     """
     series = jnp.asarray(series)
     steps = series.shape[-1]
-    if steps == 0:
-        raise ValueError(f"series: got shape {series.shape}, expected at least one step")
     highest = jax.lax.cummax(series, axis=series.ndim - 1)
     falls = highest - series
     trough_step = steps - 1 - jnp.argmax(falls[..., ::-1], axis=-1)
@@ -77,7 +75,7 @@ def displaced(
         end: The same after it.
 
     Returns:
-        True where `end` is below `start`. Equality is no displacement.
+        True where `end` is below `start`. Equality is no displacement, nor is a NaN.
 
     >>> displaced(jnp.array([-1.0, -1.0]), jnp.array([-1.5, -0.5])).tolist()
     [True, False]

@@ -58,9 +58,7 @@ def first_order_change(gram: Gram, pull: Pull) -> Float[Array, "*pairs 2"]:
     References:
         Yuan et al. (2024), Section 3, https://arxiv.org/abs/2410.13828
     """
-    gram, pull = _squares(gram), jnp.asarray(pull)
-    if pull.shape != gram.shape[:-1]:
-        raise ValueError(f"pull: got shape {pull.shape}, expected {gram.shape[:-1]}")
+    gram, pull = jnp.asarray(gram), jnp.asarray(pull)
     return -(gram * pull[..., None, :]).sum(axis=-1)
 
 
@@ -82,7 +80,7 @@ def batch_change(
         Nats per unit of learning rate.
 
     Raises:
-        ValueError: no pairs, or a ``gram`` of another number of them.
+        ValueError: no pairs.
 
     >>> gram = jnp.eye(4).reshape(2, 2, 2, 2)
     >>> batch_change(gram, jnp.array([[-1.0, 1.0], [-3.0, 3.0]])).tolist()
@@ -93,8 +91,6 @@ def batch_change(
     gram, pull = jnp.asarray(gram), jnp.asarray(pull)
     if len(pull) == 0:
         raise ValueError(f"pull: got shape {pull.shape}, expected at least one pair")
-    if gram.shape != 2 * pull.shape:
-        raise ValueError(f"gram: got shape {gram.shape}, expected {2 * pull.shape}")
     weighted = gram * pull[None, None]
     return -weighted.sum(axis=(-2, -1)) / len(pull)
 
@@ -296,14 +292,7 @@ def published_entanglement(gram: Gram) -> Float[Array, "*pairs"]:
 
 def _entries(gram: AnyArray) -> tuple[Array, Array, Array]:
     """``|g_w|^2``, ``<g_w, g_l>``, ``|g_l|^2``; rounding can leave a square below zero."""
-    gram = _squares(gram)
+    gram = jnp.asarray(gram)
     floor = jnp.zeros((), gram.dtype)
     w, l = (jnp.maximum(gram[..., i, i], floor) for i in (0, 1))
     return w, gram[..., 0, 1], l
-
-
-def _squares(gram: AnyArray) -> Array:
-    gram = jnp.asarray(gram)
-    if gram.shape[-2:] != (2, 2):
-        raise ValueError(f"gram: got shape {gram.shape}, expected [*pairs, 2, 2]")
-    return gram

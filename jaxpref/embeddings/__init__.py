@@ -22,3 +22,6 @@ from jaxpref.embeddings.similarity import last_hidden_similarity as last_hidden_
 from jaxpref.embeddings.similarity import length_difference as length_difference
 from jaxpref.embeddings.similarity import length_ratio as length_ratio
 from jaxpref.embeddings.similarity import unembedding_gram as unembedding_gram
+from jaxpref.losses import _shapes
+
+_shapes.hold(__name__)

@@ -212,6 +212,6 @@ def _dot(x: Array, y: Array) -> Array:
 
 def _norm(x: Array) -> Array:
     squared = _dot(x, x)
-    positive = squared > 0  # a norm of zero has derivative zero, not 0 / 0
-    root = jnp.sqrt(jnp.where(positive, squared, jnp.ones_like(squared)))
-    return jnp.where(positive, root, jnp.zeros_like(root))
+    is_zero = squared == 0  # a norm of zero has derivative zero, not 0 / 0
+    root = jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squared), squared))
+    return jnp.where(is_zero, jnp.zeros_like(root), root)

@@ -84,7 +84,8 @@ def gaussian_separation(
     """
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage: got {shrinkage}, expected a number from 0 to 1")
-    (mean, spread), (other_mean, other_spread) = (_moments(x) for x in (first, second))
+    mean, spread = _moments("first", first)
+    other_mean, other_spread = _moments("second", second)
     width = mean.shape[0]
     size = (jnp.trace(spread) + jnp.trace(other_spread)) / (2 * width)
     ridge = shrinkage * size * jnp.eye(width, dtype=mean.dtype)
@@ -122,9 +123,6 @@ def silhouette(
     References:
         Rousseeuw (1987), the silhouette, https://doi.org/10.1016/0377-0427(87)90125-7
     """
-    for name, kind in (("first", first), ("second", second)):
-        if len(kind) == 0:
-            raise ValueError(f"{name}: got no samples, expected at least one")
     pair = wide(first), wide(second)
     each = jnp.concatenate([_silhouettes(*pair), _silhouettes(*pair[::-1])])
     return each.mean()
@@ -145,11 +143,11 @@ def _distances(x: Array, y: Array) -> Array:
     return jax.lax.map(lambda row: jnp.linalg.norm(row[None] - y, axis=-1), x)
 
 
-def _moments(x: AnyArray) -> tuple[Array, Array]:
+def _moments(name: str, x: AnyArray) -> tuple[Array, Array]:
     """Mean and covariance, with one less than the number of samples below the sum."""
     x = wide(x)
     if len(x) < 2:
-        raise ValueError(f"got {len(x)} samples of a kind, expected at least two")
+        raise ValueError(f"{name}: got {len(x)} samples, expected at least two")
     mean = x.mean(axis=0)
     centred = x - mean[None]
     return mean, jnp.einsum("ni,nj->ij", centred, centred, precision=PRECISION) / (len(x) - 1)

@@ -139,8 +139,8 @@ def last_hidden_similarity(
         Razin et al. (2024), Section 5, https://arxiv.org/abs/2410.08847
     """
     kept, mask = _kept(hidden, is_target), jnp.asarray(is_target)
-    place = mask.shape[-1] - 1 - jnp.argmax(mask[..., ::-1], axis=-1)
-    last = jnp.take_along_axis(kept, place[..., None, None], axis=-2)[..., 0, :]
+    is_last = mask & (jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] == 1)
+    last = jnp.where(is_last[..., None], kept, jnp.zeros_like(kept)).sum(axis=-2)
     last = jnp.where(mask.any(axis=-1)[..., None], last, jnp.nan)
     return _inner(last[..., 0, :], last[..., 1, :])
 
@@ -189,7 +189,7 @@ def unembedding_gram(
     states, table = _kept(hidden, is_target), wide(unembedding)
     table = table.astype(jnp.promote_types(states.dtype, table.dtype))
     states, (*pairs, _, time) = states.astype(table.dtype), jnp.shape(targets)
-    flat = states.reshape(*pairs, 2 * time, -1)
+    flat = states.reshape(*pairs, 2 * time, states.shape[-1])
     ids = jnp.where(jnp.asarray(is_target), jnp.asarray(targets), 0).reshape(*pairs, 2 * time)
     shift = _product(flat, table[ids])  # [token, token']: the logit of token' where token stood
     peaks, masses, inner = _softmax_products(flat, table, vocab_chunk)
@@ -342,7 +342,7 @@ def _total(x: Array, axis: int) -> Array:
     """Sum of 64 at a time: one running float32 sum of 4,096 numbers loses the fifth digit."""
     x = jnp.moveaxis(x, axis, -1)
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 64)])
-    return x.reshape(*x.shape[:-1], -1, 64).sum(axis=-1).sum(axis=-1)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 64, 64).sum(axis=-1).sum(axis=-1)
 
 
 def _product(x: Array, y: Array) -> Array:

@@ -7,15 +7,20 @@ argument changes the result. Its derivative in `logp` is the pull, ``[-d_w, +d_l
 - The reference, like any argument but `logp` and the hyperparameters, is data: no gradient
   enters it, even if it was computed from the same parameters. The exceptions, functions of the
   policy like a divergence, say so.
+- Arrays have the shapes of the signature, where an axis of a name has one size throughout a call.
+  Others, and integers for log-probabilities, are refused by name, with and without ``jit``:
+  nothing broadcasts.
 - A loss of a whole batch is one number a batch (`jaxpref.losses.batch`).
 - Sums and means are named, not flagged: ``logp`` is summed over tokens, and a loss that takes
   `lengths` divides by them. The mean of an empty response (length 0, sum 0) is 0.
 - Numbers are float32 at least; float64 stays float64. Value and pull are finite at margins of
-  ±10,000 nats and at probability one. A NaN log-probability gives a NaN loss.
+  ±10,000 nats and at probability one. A NaN log-probability gives a NaN loss, and so does a NaN
+  in the data that it reads.
 - Hyperparameters are checked once, when they are plain numbers; a traced one (under ``jit``,
   ``grad`` or ``vmap`` over it) cannot be seen and is not.
 """
 
+from jaxpref.losses import _shapes
 from jaxpref.losses.anchored import apo_down as apo_down
 from jaxpref.losses.anchored import apo_zero as apo_zero
 from jaxpref.losses.anchored import cal_dpo as cal_dpo
@@ -129,3 +134,5 @@ from jaxpref.losses.unpaired import sft as sft
 from jaxpref.losses.unpaired import sft_token_mean as sft_token_mean
 from jaxpref.losses.weights import ld_logp as ld_logp
 from jaxpref.losses.weights import wpo_weight as wpo_weight
+
+_shapes.hold(__name__)

@@ -27,8 +27,8 @@ def log_ratio(
 
 
 def counts(lengths: Num[AnyArray, "*batch"], like: Array) -> Float[Array, "*batch"]:
-    """Lengths, integers or not, in the dtype of ``like``."""
-    return jnp.asarray(lengths).astype(like.dtype)
+    """Lengths, integers or not, in the dtype of ``like``: data, so no gradient enters them."""
+    return jax.lax.stop_gradient(jnp.asarray(lengths).astype(like.dtype))
 
 
 def per_token(
@@ -40,8 +40,29 @@ def per_token(
 
 def bounded(x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """``x``, but where ``exp(x)`` nears overflow the bound: there value and slope stand still."""
+    return _bounded(x, x)
+
+
+def bounded_together(x: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
+    """Both of a pair less what the larger has above the bound, so that their order stays."""
+    return _bounded(x, x.max(axis=-1, keepdims=True))
+
+
+@jax.custom_jvp
+def grown(x: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
+    """``e^x - 1`` of a pair: near overflow values that keep the pair's order, slopes `bounded`."""
+    return jnp.expm1(bounded_together(x))
+
+
+grown.defjvps(lambda tangent, _, x: jnp.exp(bounded(x)) * tangent)
+
+
+def _bounded(x: Array, top: Array) -> Array:
     bound = 0.9 * math.log(float(jnp.finfo(x.dtype).max))
-    return x - jax.lax.stop_gradient(jax.nn.relu(x - bound))
+    still, top = jax.lax.stop_gradient((x, top))
+    # In this order nothing of the size of `top` is rounded away.
+    value = jnp.where(top > bound, bound + (still - top), still)
+    return value + jnp.where(jnp.isneginf(x), jnp.zeros_like(x), x - still)
 
 
 def below_one(log_p: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

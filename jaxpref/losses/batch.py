@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float
 from jaxpref.losses._inputs import (
     AnyArray,
     Hyperparameter,
+    bounded,
     fraction,
     log_ratio,
     positive,
@@ -188,7 +189,9 @@ def kldo_moving_average(
     r, good = positive("beta", beta, u) * u, jnp.asarray(desirable)
     still = jax.lax.stop_gradient(r)
     average = jnp.logaddexp(wide(log_average).astype(r.dtype), jnp.log(EPSILON))
-    slope = jnp.where(good, jnp.zeros_like(r), jnp.exp(_masked(still, ~good) - average[..., None]))
+    slope = jnp.where(
+        good, jnp.zeros_like(r), jnp.exp(bounded(_masked(still, ~good) - average[..., None]))
+    )
     slope = jax.lax.stop_gradient(slope) / _count(~good, r)[..., None]
     value = _finite_or_zero(_log_mean_exp(still, ~good))
     return -_mean(r, good) + value + (slope * (r - still)).sum(axis=-1)
@@ -258,6 +261,9 @@ def mean_token_probability(
     Returns:
         From 0 to 1; one number a batch.
 
+    Raises:
+        ValueError: no examples, or no tokens.
+
     >>> token_logp = jnp.log(jnp.array([[0.5, 1.0], [0.25, 0.7]]))
     >>> is_target = jnp.array([[True, True], [True, False]])
     >>> round(float(mean_token_probability(token_logp, is_target)), 4)
@@ -267,6 +273,9 @@ def mean_token_probability(
         Wang et al. (2024), as in its code, https://arxiv.org/abs/2410.11143
     """
     token_logp, is_target = wide(token_logp), jnp.asarray(is_target)
+    if 0 in token_logp.shape[-2:]:
+        expected = "at least one example and one token"
+        raise ValueError(f"token_logp: got shape {token_logp.shape}, expected {expected}")
     kept = jnp.where(is_target, token_logp, jnp.zeros_like(token_logp))
     return jnp.where(is_target, jnp.exp(kept), jnp.zeros_like(kept)).mean(axis=(-2, -1))
 
@@ -391,7 +400,7 @@ def _mean(x: Array, mask: Array) -> Array:
 
 def _masked(x: Array, mask: Array) -> Array:
     """``x``, and where the mask is False the largest of the others: ``exp`` cannot overflow."""
-    peak = jnp.where(mask, x, -jnp.inf).max(axis=-1, keepdims=True)
+    peak = jnp.where(mask, x, -jnp.inf).max(axis=-1, keepdims=True, initial=-jnp.inf)
     peak = jax.lax.stop_gradient(jnp.where(jnp.isneginf(peak), jnp.zeros_like(peak), peak))
     return jnp.where(mask, x, jnp.broadcast_to(peak, x.shape))
 
@@ -399,7 +408,7 @@ def _masked(x: Array, mask: Array) -> Array:
 def _log_mean_exp(x: Array, mask: Array) -> Array:
     """Over the last axis, where the mask is True; of none, minus infinity."""
     kept = _masked(x, mask)
-    peak = jax.lax.stop_gradient(kept.max(axis=-1, keepdims=True))
+    peak = jax.lax.stop_gradient(kept.max(axis=-1, keepdims=True, initial=-jnp.inf))
     total = jnp.where(mask, jnp.exp(kept - peak), jnp.zeros_like(x)).sum(axis=-1)
     some = mask.any(axis=-1)
     found = jnp.log(jnp.where(some, total / _count(mask, x), jnp.ones_like(total))) + peak[..., 0]

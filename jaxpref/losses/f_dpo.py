@@ -5,8 +5,6 @@ r"""DPO regularised by another divergence than the reverse Kullback-Leibler one.
 Kullback-Leibler divergence makes `dpo`. Every loss is ``[*pairs 2] -> [*pairs]``.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,8 +12,9 @@ from jaxtyping import Array, Float
 from jaxpref.losses._inputs import (
     AnyArray,
     Hyperparameter,
-    bounded,
+    bounded_together,
     fraction,
+    grown,
     log_ratio,
     positive,
     wide,
@@ -42,8 +41,8 @@ def f_dpo_forward_kl(
         beta: Strength of the regularisation, above 0.
 
     Returns:
-        One loss a pair, nats. Near overflow, a log-ratio below -79 in float32, value and pull stand
-        still.
+        One loss a pair, nats. Near overflow, a log-ratio below -79 in float32, both responses count
+        as moved up together until the lower one is there, and their pulls stand still.
 
     Raises:
         ValueError: `beta` is not a finite number above 0.
@@ -55,7 +54,7 @@ def f_dpo_forward_kl(
         Wang et al. (2023), Table 1, https://arxiv.org/abs/2309.16240
     """
     u = log_ratio(logp, reference)
-    x = positive("beta", beta, u) * margin(-jnp.exp(bounded(-u)))
+    x = positive("beta", beta, u) * margin(-grown(-u))
     return -jax.nn.log_sigmoid(x)
 
 
@@ -113,8 +112,7 @@ def f_dpo_alpha(
         alpha: Above 0, at most 1.
 
     Returns:
-        One loss a pair, nats. Near overflow, ``-α u`` above 79 in float32, value and pull stand
-        still.
+        One loss a pair, nats. Near overflow, ``-α u`` above 79 in float32, as `f_dpo_forward_kl`.
 
     Raises:
         ValueError: `beta` is not a finite number above 0, or `alpha` not in (0, 1].
@@ -128,7 +126,7 @@ def f_dpo_alpha(
     """
     u = log_ratio(logp, reference)
     alpha = fraction("alpha", alpha, u)
-    score = -jnp.expm1(bounded(-alpha * u)) / alpha
+    score = -grown(-alpha * u) / alpha
     return -jax.nn.log_sigmoid(positive("beta", beta, u) * margin(score))
 
 
@@ -169,10 +167,8 @@ def chi_po(
     """
     u = log_ratio(logp, reference)
     beta, r_max = positive("beta", beta, u), positive("r_max", r_max, u)
-    bound = 0.9 * math.log(float(jnp.finfo(u.dtype).max))
-    excess = jax.nn.relu(u.max(axis=-1, keepdims=True) - bound)
-    grown = jnp.exp(u - jax.lax.stop_gradient(excess))
-    return -jax.nn.log_sigmoid(jnp.clip(beta * margin(u + grown), -2 * r_max, 2 * r_max))
+    reward = u + jnp.exp(bounded_together(u))
+    return -jax.nn.log_sigmoid(jnp.clip(beta * margin(reward), -2 * r_max, 2 * r_max))
 
 
 def h_dpo(

@@ -138,6 +138,8 @@ def pooled_codes(
     weight, bias, threshold = frozen
     lead = (1,) * (h.ndim - 1)
     z = jnp.einsum("...w,wf->...f", h, weight, precision="highest") + bias.reshape(*lead, -1)
-    active = scored & (z > jax.nn.relu(threshold).reshape(*lead, -1))
-    total = jnp.where(active, z, jnp.zeros_like(z)).sum(axis=-2)
+    threshold = jax.nn.relu(threshold).reshape(*lead, -1)
+    z = jnp.where(jnp.isnan(threshold), jnp.nan, z)
+    silent = ~scored | (z <= threshold)  # which a NaN is not
+    total = jnp.where(silent, jnp.zeros_like(z), z).sum(axis=-2)
     return total / jnp.maximum(scored.sum(axis=-2).astype(z.dtype), 1.0)

@@ -222,8 +222,8 @@ def log_spectral_kernel(
     Args:
         x: Embeddings, of prompts say.
         y: Embeddings of responses.
-        weights: ``λ``, above 0: 1 and 0.5 in the code that we know.
-        rates: ``a``, 0 or above: 1 and 0.1 there.
+        weights: ``λ``, above 0: 1 and 0.5 in the code that we know; get no gradient.
+        rates: ``a``, 0 or above: 1 and 0.1 there; get no gradient.
 
     Returns:
         At most the logarithm of the sum of the weights.
@@ -236,7 +236,7 @@ def log_spectral_kernel(
         Das et al. (2025), the spectral kernel, https://arxiv.org/abs/2501.03271
     """
     x, y = _alike(x, y)
-    weights, rates = (wide(v).astype(x.dtype) for v in (weights, rates))
+    weights, rates = (jax.lax.stop_gradient(wide(v).astype(x.dtype)) for v in (weights, rates))
     lead = (1,) * (x.ndim - 1)
     square = _square(x - y)[..., None]
     logs = jnp.log(weights).reshape(*lead, -1) - rates.reshape(*lead, -1) * square

@@ -135,7 +135,7 @@ def rrhf_list(
     rewards = _constant(rewards, logp)
     excess = jnp.where(_is_better(rewards), jax.nn.relu(_lead(a)), 0.0)
     best = jnp.take_along_axis(logp, rewards.argmax(axis=-1)[..., None], axis=-1)
-    return excess.sum(axis=(-2, -1)) - lam * best[..., 0]
+    return _known(excess.sum(axis=(-2, -1)) - lam * best[..., 0], rewards)
 
 
 def aft(
@@ -164,7 +164,8 @@ def aft(
         https://arxiv.org/abs/2309.02144
     """
     a = per_token(wide(logp), lengths)
-    return _log_one_plus(_lead(a), _is_better(_constant(rewards, a)))
+    rewards = _constant(rewards, a)
+    return _known(_log_one_plus(_lead(a), _is_better(rewards)), rewards)
 
 
 def aft_detached(
@@ -193,7 +194,8 @@ def aft_detached(
     """
     a = per_token(wide(logp), lengths)
     lead = jax.lax.stop_gradient(a)[..., None, :] - a[..., :, None]
-    return _log_one_plus(lead, _is_better(_constant(rewards, a)))
+    rewards = _constant(rewards, a)
+    return _known(_log_one_plus(lead, _is_better(rewards)), rewards)
 
 
 def aft_boundary(
@@ -228,14 +230,13 @@ def aft_boundary(
         https://arxiv.org/abs/2309.02144
     """
     a = per_token(wide(logp), lengths)
-    boundary = nonnegative("boundary", boundary, a)
-    better = _is_better(_constant(rewards, a))
+    boundary, rewards = nonnegative("boundary", boundary, a), _constant(rewards, a)
+    better = _is_better(rewards)
     worst = jnp.where(better, jax.lax.stop_gradient(a)[..., :, None], jnp.inf).min(axis=-2)
     bound = jnp.where(better.any(axis=-2), worst, 0.0) - 2 * boundary
     lift = jnp.broadcast_to((bound - a)[..., None, :], better.shape)
-    return _log_one_plus(
-        jnp.concatenate([_lead(a), lift], axis=-1), jnp.concatenate([better, better], axis=-1)
-    )
+    exponents = jnp.concatenate([_lead(a), lift], axis=-1)
+    return _known(_log_one_plus(exponents, jnp.concatenate([better, better], axis=-1)), rewards)
 
 
 def _constant(rewards: AnyArray, like: Array) -> Array:
@@ -254,5 +255,12 @@ def _is_better(rewards: Array) -> Array:
 
 def _log_one_plus(exponents: Array, where: Array) -> Array:
     """``log(1 + Σ e^x)`` over the last two axes."""
-    kept = jnp.where(where, exponents, -jnp.inf).reshape(*exponents.shape[:-2], -1)
-    return jax.nn.logsumexp(jnp.concatenate([jnp.zeros_like(kept[..., :1]), kept], -1), axis=-1)
+    *prompts, rows, columns = exponents.shape
+    kept = jnp.where(where, exponents, -jnp.inf).reshape(*prompts, rows * columns)
+    one = jnp.zeros((*prompts, 1), kept.dtype)
+    return jax.nn.logsumexp(jnp.concatenate([one, kept], -1), axis=-1)
+
+
+def _known(loss: Array, rewards: Array) -> Array:
+    """The loss, and NaN where a reward is, which is neither better nor worse than another."""
+    return jnp.where(jnp.isnan(rewards).any(axis=-1), jnp.nan, loss)

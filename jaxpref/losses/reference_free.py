@@ -13,7 +13,7 @@ from jaxpref.losses._inputs import (
     AnyArray,
     Hyperparameter,
     below_one,
-    bounded,
+    grown,
     nonnegative,
     per_token,
     positive,
@@ -271,7 +271,7 @@ def alphapo(
 
     Returns:
         One loss a pair, nats. An empty response has a mean of 0. Near overflow, ``-α a`` above 79
-        in float32, value and pull stand still.
+        in float32, as `f_dpo_forward_kl`.
 
     Raises:
         ValueError: `beta` or `alpha` is not a finite number above 0, or `gamma` not one of 0 or
@@ -287,7 +287,7 @@ def alphapo(
     a = per_token(wide(logp), lengths)
     beta, gamma = positive("beta", beta, a), nonnegative("gamma", gamma, a)
     alpha = positive("alpha", alpha, a)
-    reward = -jnp.expm1(bounded(-alpha * a)) / alpha
+    reward = -grown(-alpha * a) / alpha
     return -jax.nn.log_sigmoid(beta * margin(reward) - gamma)
 
 

@@ -257,8 +257,9 @@ def sparsepo_activation_mask(
         Christopoulou et al. (2024), model-based masks (MaPO), https://arxiv.org/abs/2410.05102
     """
     a, scored = jax.lax.stop_gradient(wide(activations)), jnp.asarray(is_target)[..., None]
-    low = jnp.where(scored, a, jnp.inf).min(axis=-2, keepdims=True)
-    span = jnp.where(scored, a, -jnp.inf).max(axis=-2, keepdims=True) - low
+    low = jnp.where(scored, a, jnp.inf).min(axis=-2, keepdims=True, initial=jnp.inf)
+    high = jnp.where(scored, a, -jnp.inf).max(axis=-2, keepdims=True, initial=-jnp.inf)
+    span = high - low
     flat = span <= 0  # minus infinity without targets
     each = jnp.where(flat, jnp.ones_like(a), (a - low) / jnp.where(flat, 1.0, span))
     return jnp.where(scored, each, jnp.zeros_like(each)).mean(axis=-1)

@@ -257,8 +257,6 @@ def poft(
     References:
         Fan et al. (2025), Eqs. 5 to 8, https://arxiv.org/abs/2412.12865
     """
-    if aligned.shape[-1] == 0:
-        raise ValueError("aligned: got no models, expected at least one")
     a = per_token(wide(logp), lengths)
     baseline = wide(aligned).astype(a.dtype).mean(axis=-1)
     return -jax.nn.log_sigmoid(a - jax.lax.stop_gradient(baseline))

@@ -47,6 +47,7 @@ chosen response, ``r = 1 + weight / (β σ(-β(u_w - u_l)))``.
 `sparse_dpo` changes which tokens a loss reads instead.
 """
 
+from jaxpref.losses import _shapes
 from jaxpref.training.mitigations.masks import contrast_mask as contrast_mask
 from jaxpref.training.mitigations.masks import learned_mask as learned_mask
 from jaxpref.training.mitigations.masks import masked_log_ratio as masked_log_ratio
@@ -60,3 +61,5 @@ from jaxpref.training.mitigations.reward_calibration import Calibration as Calib
 from jaxpref.training.mitigations.reward_calibration import calibrated_pull as calibrated_pull
 from jaxpref.training.mitigations.reward_calibration import calibration as calibration
 from jaxpref.training.mitigations.reward_calibration import smoothed as smoothed
+
+_shapes.hold(__name__)

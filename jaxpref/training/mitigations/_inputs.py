@@ -21,23 +21,8 @@ def over(x: Array, y: Array) -> Array:
     return jnp.where(zero, jnp.zeros_like(y), x.astype(y.dtype) / jnp.where(zero, 1.0, y))
 
 
-def checked(gram: AnyArray, pull: AnyArray) -> Array:
-    """The pulls, refused unless they are of the Gram's pairs."""
-    gram, pull = squares(gram), jnp.asarray(pull)
-    if pull.shape != gram.shape[:-1]:
-        raise ValueError(f"pull: got shape {pull.shape}, expected {gram.shape[:-1]}")
-    return pull
-
-
-def squares(gram: AnyArray) -> Array:
-    """The Gram, refused unless it is one of two responses."""
-    gram = jnp.asarray(gram)
-    if gram.shape[-2:] != (2, 2):
-        raise ValueError(f"gram: got shape {gram.shape}, expected [*pairs, 2, 2]")
-    return gram
-
-
-def entries(gram: Array) -> tuple[Array, Array, Array]:
+def entries(gram: AnyArray) -> tuple[Array, Array, Array]:
     """``|g_w|^2``, ``<g_w, g_l>``, ``|g_l|^2``; rounding can leave a square below zero."""
+    gram = jnp.asarray(gram)
     w, l = (jnp.maximum(gram[..., i, i], jnp.zeros((), gram.dtype)) for i in (0, 1))
     return w, gram[..., 0, 1], l

@@ -40,9 +40,6 @@ def contrast_mask(
     https://arxiv.org/abs/2410.13828, with an alignment in place of learning.
     """
     tokens, is_target = np.asarray(tokens), np.asarray(is_target)
-    if tokens.shape != is_target.shape or tokens.ndim < 2 or tokens.shape[-2] != 2:
-        got = f"tokens: got shape {tokens.shape} with is_target {is_target.shape}"
-        raise ValueError(f"{got}, expected both [*pairs, 2, time]")
     mask = is_target.copy()
     for pair in np.ndindex(*tokens.shape[:-2]):
         places = [np.flatnonzero(row) for row in is_target[pair]]
@@ -83,7 +80,6 @@ def learned_mask(
         Louizos et al. (2018), the stretched and cut gate, https://arxiv.org/abs/1712.01312
     """
     logits = jnp.asarray(logits)
-    _require_tokens(logits, is_target=is_target)
     gate = (1 + 2 * STRETCH) * jax.nn.sigmoid(logits) - STRETCH
     return jnp.where(jnp.asarray(is_target), jnp.clip(gate, 0.0, 1.0), jnp.zeros_like(gate))
 
@@ -120,7 +116,6 @@ def masked_log_ratio(
         paper, https://arxiv.org/abs/2410.13828
     """
     token_logp = wide(token_logp)
-    _require_tokens(token_logp, token_reference=token_reference, mask=mask)
     reference = jax.lax.stop_gradient(jnp.asarray(token_reference).astype(token_logp.dtype))
     return (jnp.asarray(mask).astype(token_logp.dtype) * (token_logp - reference)).sum(axis=-1)
 
@@ -170,11 +165,3 @@ def sparse_dpo(
     u = masked_log_ratio(token_logp, token_reference, mask)
     price = jnp.asarray(mask).astype(u.dtype).sum(axis=(-2, -1))
     return losses.dpo(u, jnp.zeros_like(u), beta=beta) + lam * price
-
-
-def _require_tokens(like: Array, **others: AnyArray) -> None:
-    if like.ndim < 2 or like.shape[-2] != 2:
-        raise ValueError(f"got shape {like.shape}, expected [*pairs, 2, time]")
-    for name, other in others.items():
-        if np.shape(other) != like.shape:
-            raise ValueError(f"{name}: got shape {np.shape(other)}, expected {like.shape}")

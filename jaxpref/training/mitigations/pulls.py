@@ -16,10 +16,8 @@ from jaxpref.training.mitigations._inputs import (
     AnyArray,
     Gram,
     Pull,
-    checked,
     entries,
     over,
-    squares,
     wide,
 )
 from jaxpref.training.step import tree_norm
@@ -99,10 +97,7 @@ def normalised_pull(gram: Gram, weight: Float[AnyArray, "*pairs"]) -> Float[Arra
         Yuan et al. (2024), pairwise normalised gradient descent, known to us from reports of the
         paper, https://arxiv.org/abs/2410.13828
     """
-    gram, weight = squares(gram), jnp.asarray(weight)
-    if weight.shape != gram.shape[:-2]:
-        raise ValueError(f"weight: got shape {weight.shape}, expected {gram.shape[:-2]}")
-    w, _, l = entries(gram)
+    weight, (w, _, l) = jnp.asarray(weight), entries(gram)
     pull = [-over(weight, jnp.sqrt(w)), over(weight, jnp.sqrt(l))]
     return jnp.stack(pull, axis=-1)
 
@@ -213,7 +208,7 @@ def normalised_gradient(
 
 def _opposing(gram: AnyArray, pull: AnyArray):
     """``d_w``, ``d_l`` and the entries; the product is 0 where the parts do not oppose."""
-    pull, (w, dot, l) = checked(gram, pull), entries(squares(gram))
+    pull, (w, dot, l) = jnp.asarray(pull), entries(gram)
     d_w, d_l = -pull[..., 0], pull[..., 1]
     oppose = jnp.sign(d_w) * jnp.sign(d_l) * dot > 0
     return d_w, d_l, (w, jnp.where(oppose, dot, jnp.zeros_like(dot)), l)
