@@ -13,8 +13,6 @@ from jax.test_util import check_grads
 from jaxpref.models import blocks, decoder
 from jaxpref.models.decoder import DecoderConfig, RopeScaling
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SMALL = DecoderConfig(
     vocab=13, width=12, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=10, max_positions=32
 )

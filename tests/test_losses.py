@@ -20,8 +20,6 @@ from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, bound
 from jaxpref import losses
 from jaxpref.losses import __main__ as docs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NAMES = sorted({point.name for point in POINTS})
 UNPAIRED = ("sft", "sft_token_mean", "kto")
 LISTWISE = ("aft", "aft_boundary", "aft_detached", "d2o", "exo", "rrhf_list")
