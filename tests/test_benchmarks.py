@@ -8,8 +8,6 @@ import pytest
 
 from benchmarks import frameworks, losses, pair_gram, sampling, score_pairs, train_step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def test_smoke_size_prints_a_row_and_the_ratios(capsys):
     result = train_step.main(train_step.SMOKE)

@@ -16,8 +16,6 @@ from experiments.ches_percentiles import measure, protocol, summary
 from jaxpref import losses
 from jaxpref.data import batches
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RATE = 1e-4
 
 

@@ -19,8 +19,6 @@ from jaxpref import losses
 from jaxpref.data import batches
 from jaxpref.training.step import init_state, make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def as_optax_needs_it():

@@ -22,8 +22,6 @@ from jaxpref.models import decoder
 from jaxpref.training.linearised import linearised
 from jaxpref.training.optimizers import torch_rmsprop
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PAIRS, TIME = 3, 6
 PAIRWISE = [  # the rest of the catalogue differs from these in its pull only
     "cdpo", "cpo", "cpo_token_mean", "dpo", "dpo_shift", "dpop", "hinge", "ipo",

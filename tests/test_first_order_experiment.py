@@ -15,8 +15,6 @@ from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
 from jaxpref.models import pretrained
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 RATES = (1e-5, 1e-4)
 
 

@@ -12,8 +12,6 @@ import smoke
 
 import experiments.forecast as lab
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def as_optax_needs_it():

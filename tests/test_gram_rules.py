@@ -12,8 +12,6 @@ from grams import check
 from jaxpref import gradients
 from jaxpref.gradients import contractions
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 X = jax.random.normal(jax.random.key(0), (3, 5, 4), jnp.float64)
 IDS = jax.random.randint(jax.random.key(1), (3, 5), 0, 4)
 W = jax.random.normal(jax.random.key(2), (4, 4), jnp.float64)

@@ -11,8 +11,6 @@ from loss_points import LENGTHS, A, B, Point
 
 from jaxpref import losses
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 LOG_KERNEL, DIVERGENCE = jnp.array([-0.4, -2.1]), jnp.array([0.8, 1.7])
 DATA = {
     "dpo_kernels": (LENGTHS, LOG_KERNEL, DIVERGENCE),

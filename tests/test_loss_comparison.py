@@ -17,7 +17,6 @@ from jaxpref.data import batches
 from jaxpref.logprobs import Scores
 from jaxpref.losses import __main__ as catalogue
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 WORDS = ("tea", "milk", "rain", "snow", "fish", "bread", "salt", "wind")
 
 

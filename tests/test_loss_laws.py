@@ -11,8 +11,6 @@ from loss_points import LENGTHS, ONES, REFERENCE, A, B, bound
 
 from jaxpref import losses
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NO_REFERENCE = {"reference": jnp.zeros(2)}
 TWINS = {
     "cdpo of no flips is dpo": (("cdpo", {"epsilon": 0}), ("dpo", {})),

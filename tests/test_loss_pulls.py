@@ -11,8 +11,6 @@ import pytest
 from experiments import loss_pulls as lab
 from jaxpref.losses import __main__ as catalogue
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

@@ -19,8 +19,6 @@ from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, bound
 from jaxpref import losses
 from jaxpref.losses import __main__ as docs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NAMES = sorted({point.name for point in POINTS})
 UNPAIRED = ("sft", "sft_token_mean", "kto")
 BY_TOKEN = ("confpo",)

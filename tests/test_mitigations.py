@@ -18,8 +18,6 @@ from jaxpref.training import mitigations
 from jaxpref.training.mitigations import Calibration
 from jaxpref.training.step import make_step
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 DPO = jnp.array([-1.0, 1.0])
 PAPER = jnp.array([[1.0, 2.0], [2.0, 4.0]])  # DPO lowers both; cosine 1
 

@@ -15,8 +15,6 @@ from experiments.mitigations import measure, methods, start, summary
 from jaxpref import losses
 from jaxpref.training import mitigations
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 METHODS = ("dpo", "normalised", "contrast mask", "learned mask")
 
 

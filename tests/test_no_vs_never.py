@@ -21,8 +21,6 @@ import experiments.no_vs_never as lab
 from experiments.no_vs_never import __main__ as command
 from jaxpref import runs
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROOT = Path(__file__).parents[1]
 # At beta = 1 and tau = 1/2 a log-ratio of one rounding error of a float32 shows in the loss.
 FLAGS = (

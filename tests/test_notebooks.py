@@ -33,7 +33,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.usefixtures("compiled_quickly", "kernel_settings")
+@pytest.mark.usefixtures("kernel_settings")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_whole(path):
     import nbclient

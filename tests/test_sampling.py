@@ -13,8 +13,6 @@ from test_decoder import FAMILIES, SMALL, TOKENS
 from jaxpref.models import decoder, sampling, tabular
 from jaxpref.models.sampling import nucleus, sample
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 KEY = jax.random.key(7)
 PROMPTS = [[3, 1, 4, 1, 5], [2, 7], [9]]
 NEW = 5

@@ -20,8 +20,6 @@ from jaxpref.score import __main__ as score_command
 from jaxpref.score import pairs as scoring
 from jaxpref.training import parallel
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SIZES = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
 VOCAB, END, SPOILT = 23, 1, 22  # no pair of the data holds the last
 

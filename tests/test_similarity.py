@@ -12,8 +12,6 @@ from jaxpref import embeddings, gradients, logprobs
 from jaxpref.data import batches, pairs
 from jaxpref.models import decoder
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 VOCAB, WIDTH, PAIRS, TIME = 11, 7, 3, 6
 LENGTHS = np.array([[4, 6], [6, 1], [2, 2]])
 

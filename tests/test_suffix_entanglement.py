@@ -14,8 +14,6 @@ from experiments.suffix_entanglement import measure, protocol, summary
 from jaxpref import logprobs, runs
 from jaxpref.data.files import DataError
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 ROWS = [
     {"prompt": f"{n} is", "chosen": chosen, "rejected": rejected}
     for n, (chosen, rejected) in enumerate([(" odd", " even"), (" a b", " a"), (" x", " y z")] * 2)

@@ -12,8 +12,6 @@ from flax import nnx
 from jaxpref import gradients, logprobs
 from jaxpref.models import decoder
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CONFIG = decoder.DecoderConfig(
     vocab=17, width=12, layers=2, heads=2, kv_heads=1, head_width=6, mlp_width=16
 )

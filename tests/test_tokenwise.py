@@ -14,8 +14,6 @@ from loss_points import LENGTHS, REFERENCE, A, B, Point, read
 
 from jaxpref import logprobs, losses
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NAN = float("nan")
 # Three tokens and two; the NaN stand where nothing may be read.
 TOKENS = jnp.array([[-1.2, -0.7, -2.0], [-0.9, -3.1, NAN]])

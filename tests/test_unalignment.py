@@ -14,8 +14,6 @@ import experiments.unalignment as lab
 from experiments.unalignment import measure, pairs
 from experiments.unalignment.bench import couples
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def as_optax_needs_it():

@@ -12,8 +12,6 @@ from loss_points import LENGTHS, REFERENCE, A, B, Point, read
 
 from jaxpref import losses
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 P = jnp.array([0.62, 0.17])  # what the losses of FLAT read
 DATA = {
     "reference": REFERENCE,
