@@ -1,8 +1,10 @@
 """What every experiment on text pairs starts from: a model, pairs as arrays, and a command line."""
 
 import dataclasses
+import datetime
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +22,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from jaxpref import gradients, logprobs, runs
-from jaxpref.data import batches
+from jaxpref.data import batches, chat, files, preferences
 from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
-from jaxpref.data.pairs import TokenPair, encode, sha256
+from jaxpref.data.pairs import Counts, TokenPair, TooLong, encode, sha256
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import decoder, pretrained
 from jaxpref.models.decoder import Policy
+from jaxpref.score import command as line
 from jaxpref.training.optimizers import torch_rmsprop
 from jaxpref.training.step import init_state, make_step
 
@@ -52,6 +55,37 @@ def above(bound: float, config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and not value > bound:
             raise ValueError(f"{name}: got {value}, expected above {bound}")
+
+
+Bad = Literal["error", "skip"]
+"""What becomes of a row that cannot be used: an error, or left out, counted and named."""
+DATE = str(chat.DATE)
+"""Today, as far as chat templates know."""
+
+
+def read(config: Any) -> files.Found:
+    """The pairs of a run: those of ``config.data``, else the shipped ones.
+
+    Of the configuration it reads ``data``, ``bad`` and ``columns``.
+    """
+    columns = line.columns_of(config.columns)
+    if not config.data:
+        return files.Found(preferences.load(), [])
+    return files.read(config.data, bad=_bad(config), columns=columns)
+
+
+def _bad(config: Any) -> Literal["error", "drop"]:
+    return "error" if config.bad == "error" else "drop"
+
+
+def encoded(
+    config: Any, rows: Sequence[TextPair], tokenizer: Tokenizer, *, too_long: TooLong
+) -> tuple[list[TokenPair], Counts]:
+    """Their token ids, by ``bad``, ``end``, ``date`` and ``limit`` of the configuration."""
+    return encode(
+        rows, tokenizer, end=line.end_of(config.end), date=line.date_of(config.date),
+        bad=_bad(config), limit=config.limit, too_long=too_long,
+    )  # fmt: skip
 
 
 class Subject(NamedTuple):
@@ -93,6 +127,7 @@ class Problem:
         logp: ``(params, (tokens, is_token, is_response)) -> [2]`` of one pair, for
             `jaxpref.gradients` with ``responses="together"``; differentiable both ways.
         digest: SHA-256 of the token ids.
+        skipped: The rows that were left out, each with its place and fault.
     """
 
     batch: Batch
@@ -100,6 +135,7 @@ class Problem:
     hidden: Callable[[PyTree, Any], logprobs.Responses]
     logp: Callable[[PyTree, Any], Array]
     digest: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> tuple[Any, Any, Any]:
@@ -127,18 +163,49 @@ def problem(
     pairs: Sequence[TextPair],
     *,
     limit: int = 128,
-    end: Literal["eos"] | None = None,
+    end: int | str | None = None,
+    date: datetime.date = chat.DATE,
+    bad: Literal["error", "drop"] = "error",
+    skipped: Sequence[str] = (),
 ) -> Problem:
     """Token arrays of text pairs, and the policy's log-probabilities of them.
 
     The prompt is encoded once for both responses. Prompts lose their first tokens where a sequence
-    is longer than `limit`; a pair whose response alone is longer raises.
+    is longer than `limit`; a pair whose response alone is longer is a bad row. `skipped` are the
+    rows that were left out before.
     """
-    encoded, _ = encode(pairs, tokenizer, end=end, limit=limit, too_long="truncate_left")
-    return token_problem(policy, encoded)
+    found, counts = encode(
+        pairs, tokenizer, end=end, limit=limit, too_long="truncate_left", date=date, bad=bad
+    )
+    return token_problem(policy, found, skipped=(*skipped, *counts.faults))
 
 
-def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
+def problem_of(
+    config: Any, subject: Subject, found: files.Found, *, least: int, what: str = "pairs"
+) -> Problem:
+    """`problem` by ``limit``, ``end``, ``date`` and ``bad`` of the configuration.
+
+    Raises:
+        ValueError: fewer than `least` pairs are left; `what` is the setting that asks for more.
+    """
+    ready = problem(
+        subject.policy, subject.tokenizer, found.rows, limit=config.limit,
+        end=line.end_of(config.end), date=line.date_of(config.date), bad=_bad(config),
+        skipped=found.faults,
+    )  # fmt: skip
+    enough(what, least, len(ready))
+    return ready
+
+
+def enough(what: str, wanted: int, there: int) -> None:
+    """Raises if a run draws more pairs than there are."""
+    if wanted > there:
+        raise ValueError(f"{what}: a run draws {wanted}, expected at most the {there} there are")
+
+
+def token_problem(
+    policy: Policy, encoded: Sequence[TokenPair], *, skipped: Sequence[str] = ()
+) -> Problem:
     """`problem` of pairs that are token ids already."""
     found = batches.collate(encoded, range(len(encoded)), pad_id=0)
     packed = -(-int(logprobs.packed_lengths(*found[:2]).max()) // 8) * 8
@@ -156,12 +223,18 @@ def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
         one = tuple(x[None] for x in pair)
         return score(params, one, head=logprobs.token_logprobs).logp[0]
 
-    return Problem(found, score, hidden, logp, sha256(encoded))
+    return Problem(found, score, hidden, logp, sha256(encoded), tuple(skipped))
 
 
-def hashes(subject: Subject, problem: Problem) -> dict[str, str]:
-    """Of model and pairs, for a run's provenance."""
-    return {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+def hashes(subject: Subject, problem: Problem) -> dict[str, Any]:
+    """Of model and pairs, for a run's provenance, and the rows that were skipped."""
+    found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    return found | {"skipped": without_folders(problem.skipped)}
+
+
+def without_folders(faults: Sequence[str]) -> list[str]:
+    """Faults of rows as a provenance keeps them: a file's name, and not where it lies."""
+    return [re.sub(r"^(?!tfds:).*?([^/\\]+, (?:line|row) )", r"\1", fault) for fault in faults]
 
 
 def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
@@ -250,7 +323,7 @@ def command(
     config: type,
     *,
     description: str | None,
-    hashes: Callable[[Any], Mapping[str, str]],
+    hashes: Callable[[Any], Mapping[str, Any]],
     run: Callable[[Any, Path | None], Arrays],
     summarise: Callable[[Any, Arrays], list[dict[str, Any]]],
     report: Callable[[Any, list[dict[str, Any]]], str],
@@ -263,8 +336,8 @@ def command(
         experiment: Its name, the folder of its runs.
         config: Frozen dataclass of all that decides the numbers; its fields become flags.
         description: For ``--help``.
-        hashes: ``config ->`` hashes of model and data, for the provenance. It may raise for bad
-            settings, before any time is spent.
+        hashes: ``config ->`` hashes of model and data and ``skipped`` rows, for the provenance. It
+            may raise for bad settings, before any time is spent.
         run: ``(config, folder) -> arrays``.
         summarise: ``(config, arrays) -> rows`` of the table, numbers and names only.
         report: ``(config, rows) ->`` the table and the verdict in words.
@@ -287,24 +360,24 @@ def command(
     )
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
-    try:
+    with line.one_line(experiment):
+        made_of = hashes(settings)
         run_folder = runs.create(
             experiment,
             options.name,
             dataclasses.asdict(settings),
             resume=options.resume,
-            provenance=hashes(settings),
+            provenance=made_of,
             wandb=options.wandb,
         )
         arrays = run(settings, run_folder.path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{experiment}: {error}")
-    rows = summarise(settings, arrays)
-    numbered = itertools.count()
-    lines = [{"step": next(numbered), **line} for line in metrics(settings, arrays)]
-    run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
-    print(report(settings, rows))
-    print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        rows = summarise(settings, arrays)
+        numbered = itertools.count()
+        lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]
+        run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
+        print(report(settings, rows))
+        print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        line.tell("skipped", made_of.get("skipped", ()))
 
 
 def command_of(lab: ModuleType) -> None:

@@ -1,0 +1,85 @@
+"""What all command lines share: an error is one line, and an option of text means one thing."""
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+
+# What a user can cause: a file, a setting, a disk, a network, memory, a package that is not there.
+_CAUSED = (
+    ValueError, OSError, ImportError, MemoryError, ArithmeticError, jax.errors.JaxRuntimeError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_line(program: str) -> Iterator[None]:
+    r"""Ends the program with one line for an error that its user can cause.
+
+    Anything else is a fault of this library and keeps its traceback. Ctrl-C ends with status 130,
+    as shells expect.
+
+    >>> with one_line("demo"):
+    ...     raise ValueError("keep: got 2,\\n expected less")
+    Traceback (most recent call last):
+    SystemExit: demo: keep: got 2, expected less
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except _CAUSED as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"{program}: {said}")
+
+
+def columns_of(text: str) -> dict[str, str | None] | None:
+    """The file's names of columns; a name without another is a column that is not read.
+
+    >>> columns_of("chosen=good,system=")
+    {'chosen': 'good', 'system': None}
+
+    Raises:
+      ValueError: a part without ``=``, or a name that comes twice.
+    """
+    parts = [part.partition("=") for part in text.split(",") if text]
+    found = {ours.strip(): theirs.strip() or None for ours, _, theirs in parts}
+    if len(found) < len(parts) or not all(ours.strip() and sign for ours, sign, _ in parts):
+        expected = "NAME=COLUMN with commas between them, each name once"
+        raise ValueError(f"columns: got {text!r}, expected {expected}")
+    return found or None
+
+
+def end_of(text: str) -> int | str | None:
+    """What closes a response that nothing else closes, as `jaxpref.data.pairs.encode` takes it.
+
+    >>> end_of("none"), end_of("eos"), end_of("<end_of_turn>"), end_of("107")
+    (None, 'eos', '<end_of_turn>', 107)
+    """
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return int(text)
+    return None if text == "none" else text
+
+
+def date_of(text: str) -> datetime.date:
+    """A day for templates that ask for one.
+
+    >>> date_of("2024-07-26")
+    datetime.date(2024, 7, 26)
+
+    Raises:
+      ValueError: not a day of the calendar, ``YYYY-MM-DD``.
+    """
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"date: got {text!r}, expected a day as YYYY-MM-DD") from None
+
+
+def tell(what: str, rows: Sequence[str]) -> None:
+    """Says on stderr how many rows something happened to, and names the first twenty."""
+    if rows:
+        some = "; ".join(map(str, rows[:20])) + "; ..." * (len(rows) > 20)
+        print(f"{len(rows)} rows {what}: {some}", file=sys.stderr)
