@@ -60,7 +60,7 @@ class Options:
     filter: Path | None = None
     """Write the rows with the lowest scores here, in the format of the data."""
     by: Score = "alpha_weighted_ches"
-    """Score that the filter reads; it is computed even if `--scores` does not name it. The default is
+    """Score that the filter reads; computed even if `--scores` does not name it. The default is
     what was measured: over pairs that were trained on (an epoch of DPO or IPO, SmolLM2-135M), its
     rank correlation with the change of the chosen log-probability was -0.89 on 128 pairs of HH-RLHF
     and -0.84 on 96 short ones, at equal chosen length -0.48 and -0.71. CHES had -0.47 and -0.41, as
