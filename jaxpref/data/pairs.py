@@ -1,6 +1,7 @@
-"""Preference pairs as token ids: one text, one split, one BOS, and nothing cut in silence."""
+"""Preferences as token ids: one text, one split, one BOS, and nothing cut in silence."""
 
 import contextlib
+import datetime
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -8,128 +9,191 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jaxpref.data.files import DataError, TextPair
+from jaxpref.data import chat
+from jaxpref.data.files import DataError, RowError, TextRow
+from jaxpref.data.rendering import Texts, ends_of, texts_of
 from jaxpref.data.tokenizer import Tokenizer, split_ids
 
 TooLong = Literal["error", "drop", "truncate_left"]
 
 
 class TokenPair(NamedTuple):
-    """One row as token ids, chosen first.
+    """One row as token ids, chosen first; of another kind of row, its one or its n responses.
 
     Attributes:
       tokens: ids of prompt + response (+ the end token), one array for each response.
       starts: index of the first response token in each, at least 1.
       merged: whether the prompt's end merged into the response, so that its own last token is not
         among ``tokens``.
+      ends: how many tokens at the end of each close it and belong to no text of its own.
+      index: the row's place among those that `encode` was given; -1 for a pair of other origin.
     """
 
-    tokens: tuple[Int[np.ndarray, " time"], Int[np.ndarray, " other_time"]]
-    starts: tuple[int, int]
-    merged: tuple[bool, bool]
+    tokens: tuple[Int[np.ndarray, " time"], ...]
+    starts: tuple[int, ...]
+    merged: tuple[bool, ...]
+    ends: tuple[int, ...] = (0, 0)
+    index: int = -1
 
 
 class Counts(NamedTuple):
-    """What `encode` did: pairs kept, dropped and cut, and responses whose boundary merged."""
+    """What `encode` did.
+
+    Attributes:
+      kept: rows whose ids were returned.
+      dropped: rows over a limit that were left out.
+      truncated: rows whose prompt was cut.
+      merged: responses whose boundary with the prompt merged.
+      faults: a line for each row that was left out for a reason of its own, with its place.
+    """
 
     kept: int
     dropped: int
     truncated: int
     merged: int
+    faults: tuple[str, ...] = ()
 
 
 def encode(
-    rows: Sequence[TextPair],
+    rows: Sequence[TextRow],
     tokenizer: Tokenizer,
     *,
-    end: int | Literal["eos"] | None,
+    end: int | str | None,
     prompt_limit: int | None = None,
     limit: int | None = None,
     too_long: TooLong = "error",
+    bad: Literal["error", "drop"] = "error",
+    date: datetime.date = chat.DATE,
 ) -> tuple[list[TokenPair], Counts]:
-    """Token ids of every pair, and the counts of what was dropped, cut or merged.
+    """Token ids of every row, and the counts of what was dropped, cut or merged.
 
     Prompt and response are tokenised as one text and split at the common prefix (see
-    `jaxpref.data.tokenizer.split_ids`); a prompt of messages goes through the chat template
-    first. Exactly one BOS stands in front where the model was trained with one.
+    `jaxpref.data.tokenizer.split_ids`). A prompt of messages goes through the chat template, and
+    its response with it (see `jaxpref.data.rendering.texts_of`): BOS and the end of the turn are
+    then the template's own. Before a text exactly one BOS stands where the model was trained with
+    one.
 
     Args:
-      rows: the pairs.
+      rows: pairs, single examples or lists.
       tokenizer: the model's.
-      end: what closes each response and is scored with it: ``"eos"`` for the tokenizer's EOS, a
-        token id (a chat model's end of turn may be another token), or None for nothing.
+      end: what closes a response, and is scored with it, that neither its template has closed nor
+        its own text: ``"eos"`` for the tokenizer's EOS, a token's id or its text (a chat model's
+        end of turn may be another token), or None for nothing.
       prompt_limit: most tokens of a prompt, BOS included.
       limit: most tokens of prompt, response and end together.
-      too_long: what happens to a pair over a limit. ``"error"`` raises. ``"drop"`` leaves it out.
-        ``"truncate_left"`` removes the prompt's first tokens, the same in both sequences, but
-        never the BOS. Responses are never cut.
+      too_long: what happens to a row over a limit. ``"error"`` makes it a fault. ``"drop"`` leaves
+        it out. ``"truncate_left"`` removes the prompt's first tokens, the same in all its
+        sequences, but never the BOS. Responses are never cut.
+      bad: what happens to a row with a fault of its own: ``"error"`` raises, ``"drop"`` leaves it
+        out and names it in the counts.
+      date: the day that a template is told that asks for one.
 
     Returns:
-      The pairs that are kept, and the counts.
+      The rows that are kept, and the counts: kept, dropped and faulty ones are all.
 
     Raises:
-      DataError: a pair over a limit under ``"error"``, or one that no cut of the prompt can save;
-        a prompt or a response without a token; two responses of the same ids; ``"eos"`` where the
-        tokenizer has none.
+      RowError: under ``bad="error"`` a row over a limit under ``"error"``, or one that no cut of
+        the prompt can save; a prompt or a response without a token; a pair of responses of the
+        same ids; what `texts_of` refuses.
+      DataError: ``"eos"`` where the tokenizer has none, or another `end` that it has not; messages
+        where it has no template; no row without a fault.
     """
     if too_long not in ("error", "drop", "truncate_left"):
         expected = "'error', 'drop' or 'truncate_left'"
         raise ValueError(f"too_long is {too_long!r}, expected {expected}")
-    pairs, truncated = [], 0
-    for place, pair in _token_pairs(rows, tokenizer, _end_id(end, tokenizer)):
-        excess = _excess(pair, prompt_limit, limit)
-        if excess > 0 and too_long == "error":
-            limits = f"prompt_limit={prompt_limit}, limit={limit}"
-            raise DataError(f"{place}: prompt is {excess} tokens too long for {limits}")
-        if excess > 0 and too_long == "drop":
-            continue
-        if excess > 0:
-            pair = _without_first(pair, excess, tokenizer, place)
-            truncated += 1
-        pairs.append(pair)
+    if bad not in ("error", "drop"):
+        raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
+    faults: list[str] = []
+
+    @contextlib.contextmanager
+    def naming(number: int) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            text = f"{rows[number].place or f'row {number}'}: {error}"
+            if bad == "error":
+                raise RowError(text) from None
+            faults.append(text)
+
+    texts = _texts(rows, tokenizer, end, date, naming)
+    closing = _end_id(end, tokenizer)
+    pairs, dropped, truncated = [], 0, 0
+    for number, (one, ids) in _with_ids(texts, tokenizer).items():
+        with naming(number):
+            pair = _token_pair(one, ids, closing)._replace(index=number)
+            excess = _excess(pair, prompt_limit, limit)
+            if excess > 0 and too_long == "error":
+                limits = f"prompt_limit={prompt_limit}, limit={limit}"
+                raise RowError(f"prompt is {excess} tokens too long for {limits}")
+            if excess > 0 and too_long == "drop":
+                dropped += 1
+                continue
+            if excess > 0:
+                pair = _without_first(pair, excess, tokenizer)
+                truncated += 1
+            pairs.append(pair)
+    if faults and not pairs:
+        raise DataError(f"no row is left with bad='drop'; the first: {faults[0]}")
     merged = sum(sum(pair.merged) for pair in pairs)
-    return pairs, Counts(len(pairs), len(rows) - len(pairs), truncated, merged)
+    return pairs, Counts(len(pairs), dropped, truncated, merged, tuple(faults))
 
 
-def _end_id(end: int | Literal["eos"] | None, tokenizer: Tokenizer) -> list[int]:
+def _end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
     if end == "eos":
         if tokenizer.eos_id is None:
-            raise DataError(
-                "end is 'eos', but this tokenizer has none; expected a token id or None"
-            )
-        return [tokenizer.eos_id]
+            raise DataError("end is 'eos', but this tokenizer has none; expected a token or None")
+        return tokenizer.eos_id
+    if isinstance(end, str):
+        found = tokenizer.backend.token_to_id(end)
+        if found is None:
+            raise DataError(f"end is {end!r}, expected 'eos', None or a token of this tokenizer")
+        return found
     if end is not None and not 0 <= int(end) < tokenizer.vocab:
         raise DataError(f"end is {end!r}, expected 'eos', None or an id below {tokenizer.vocab}")
-    return [] if end is None else [int(end)]
+    return None if end is None else int(end)
 
 
-def _token_pairs(
-    rows: Sequence[TextPair], tokenizer: Tokenizer, end: list[int]
-) -> Iterator[tuple[str, TokenPair]]:
-    places = [row.place or f"row {number}" for number, row in enumerate(rows)]
-    texts = []
-    for place, row in zip(places, rows, strict=True):
-        with _naming(place):
-            prompt = row.prompt if isinstance(row.prompt, str) else tokenizer.chat(row.prompt)
-        texts += [prompt, prompt + row.chosen, prompt + row.rejected]
-    ids = tokenizer.encode_many(texts)
-    for number, place in enumerate(places):
-        prompt, *wholes = ids[3 * number : 3 * number + 3]
-        with _naming(place):
-            splits = [split_ids(whole, prompt) for whole in wholes]
-        if wholes[0] == wholes[1]:
-            raise DataError(f"{place}: chosen and rejected have the same token ids")
-        chosen, rejected = (np.array(s.tokens + end, np.int32) for s in splits)
-        starts, merged = zip(*((s.start, s.merged) for s in splits), strict=True)
-        yield place, TokenPair((chosen, rejected), starts, merged)
+def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
+    """The texts of each row without a fault, by its number."""
+    chats = [row for row in rows if not isinstance(row.prompt, str)]
+    if chats and tokenizer.template is None:
+        where = f"{chats[0].place}: " if chats[0].place else ""
+        raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
+    if chats:
+        chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
+    ends = ends_of(tokenizer, _end_id(end, tokenizer), is_eos=end == "eos", date=date)
+    found = {}
+    for number, row in enumerate(rows):
+        with naming(number):
+            found[number] = texts_of(row, tokenizer, ends, date)
+    return found
 
 
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+def _with_ids(
+    texts: dict[int, Texts], tokenizer: Tokenizer
+) -> dict[int, tuple[Texts, list[list[int]]]]:
+    """The ids of the prompt and of the wholes, of all rows at once: on several threads."""
+    found: dict[int, list[list[int]]] = {}
+    for is_chat in (False, True):
+        some = {n: (x.prompt, *x.wholes) for n, x in texts.items() if x.is_chat == is_chat}
+        bos = False if is_chat else None  # of a chat it is the template's
+        ids = iter(tokenizer.encode_many([t for each in some.values() for t in each], bos=bos))
+        found |= {number: [next(ids) for _ in each] for number, each in some.items()}
+    return {number: (one, found[number]) for number, one in texts.items()}
+
+
+def _token_pair(texts: Texts, ids: list[list[int]], end: int | None) -> TokenPair:
+    prompt, *wholes = ids
+    splits = [split_ids(whole, prompt) for whole in wholes]
+    if len(wholes) == 2 and wholes[0] == wholes[1]:
+        raise RowError("chosen and rejected have the same token ids")
+    tokens, ends = [], []
+    for split, closed in zip(splits, texts.closed, strict=True):
+        adds = end is not None and not closed and split.tokens[-1] != end
+        tokens.append(np.array([*split.tokens, end] if adds else split.tokens, np.int32))
+        ends.append(int(closed or end is not None))
+    starts, merged = zip(*((s.start, s.merged) for s in splits), strict=True)
+    return TokenPair(tuple(tokens), starts, merged, tuple(ends))
 
 
 def _excess(pair: TokenPair, prompt_limit: int | None, limit: int | None) -> int:
@@ -142,14 +206,13 @@ def _excess(pair: TokenPair, prompt_limit: int | None, limit: int | None) -> int
     return max(over)
 
 
-def _without_first(pair: TokenPair, count: int, tokenizer: Tokenizer, place: str) -> TokenPair:
-    head = int(tokenizer.adds_bos and pair.tokens[0][0] == tokenizer.bos_id)
+def _without_first(pair: TokenPair, count: int, tokenizer: Tokenizer) -> TokenPair:
+    head = int(pair.tokens[0][0] == tokenizer.bos_id)
     if min(pair.starts) - count <= head:
         longest = max(len(t) - s for t, s in zip(pair.tokens, pair.starts, strict=True))
-        raise DataError(f"{place}: no cut of the prompt fits a response of {longest} tokens")
-    chosen, rejected = (np.concatenate([t[:head], t[head + count :]]) for t in pair.tokens)
-    starts = (pair.starts[0] - count, pair.starts[1] - count)
-    return TokenPair((chosen, rejected), starts, pair.merged)
+        raise RowError(f"no cut of the prompt fits a response of {longest} tokens")
+    tokens = tuple(np.concatenate([t[:head], t[head + count :]]) for t in pair.tokens)
+    return pair._replace(tokens=tokens, starts=tuple(start - count for start in pair.starts))
 
 
 def sha256(pairs: Iterable[TokenPair]) -> str:

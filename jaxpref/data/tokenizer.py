@@ -1,6 +1,7 @@
 """Text to token ids and back, with the model's own vocabulary, special tokens and chat template."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from jaxpref.data import chat, vocabulary
-from jaxpref.data.files import DataError
+from jaxpref.data.files import DataError, RowError
 
 
 class Split(NamedTuple):
@@ -90,7 +91,7 @@ class Tokenizer:
             A BOS that the text already begins with is never doubled.
 
         Raises:
-          DataError: ``bos=True`` and the vocabulary has none.
+          DataError: ``bos=True`` and the vocabulary has none, or the text is no text.
         """
         return self.encode_many([text], bos=bos)[0]
 
@@ -100,6 +101,8 @@ class Tokenizer:
         if bos and first is None:
             raise DataError("bos: this tokenizer has no BOS token, expected False or None")
         add = self.adds_bos if bos is None else bos
+        for text in texts:
+            check_text(text)
         found = [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
         if not add or first is None:
             return found
@@ -152,23 +155,36 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        date: datetime.date = chat.DATE,
         **variables: Any,
     ) -> str:
-        """The text of a conversation by the model's chat template.
+        """The text of a conversation by the model's chat template, see `chat.conversation`.
 
         Args:
           messages: each with ``role`` and ``content``.
           add_generation_prompt: end with the opening of the assistant's turn.
+          continue_final_message: end within the last message instead, which the response continues.
+          tools: descriptions of what the assistant may call, as JSON schemas.
+          date: the day that a template is told that asks for it.
           **variables: further variables that this template knows.
 
         Raises:
-          DataError: no template, or the template refuses these messages.
+          RowError: the template refuses these messages.
+          DataError: no template, or a broken one.
         """
         if self.template is None:
             raise DataError("chat: this tokenizer has no chat template; pass the prompt as text")
-        values = {**self.special, "tools": None, "documents": None, **variables}
-        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return chat.render(self.template, values)
+        values = {**self.special, "documents": None, **variables, "tools": tools}
+        return chat.conversation(
+            self.template,
+            messages,
+            values,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            date=date,
+        )
 
     def save(self, folder: str | Path) -> None:
         """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers opens too."""
@@ -181,6 +197,21 @@ class Tokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def check_text(text: str) -> None:
+    r"""Refuses half of a surrogate pair, which JSON can write and no text holds.
+
+    >>> check_text("\N{GRINNING FACE}")
+
+    Raises:
+      RowError: the text has no UTF-8; the message says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!a} at character {error.start}"
+        raise RowError(f"text: half a surrogate pair, {half}, expected whole characters") from None
 
 
 def split_ids(whole: Sequence[int], prompt: Sequence[int]) -> Split:

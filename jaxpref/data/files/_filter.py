@@ -3,20 +3,32 @@
 import gzip
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
-from jaxpref.data.files._rows import PARQUET, TFDS, DataError, existing, lines, needed, parquet
+from jaxpref.data.files._rows import (
+    DELIMITERS,
+    PARQUET,
+    TFDS,
+    DataError,
+    existing,
+    is_array,
+    kind,
+    lines,
+    needed,
+    parquet,
+    records,
+)
 
 
 def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path) -> None:
     """Writes some rows of a file of pairs to another file, in the file's own format and order.
 
     Kept lines of a text file are copied byte for byte, and packed again where the file was packed;
-    its blank lines are no rows and are left out. Kept rows of a Parquet file have all their
-    columns, and the new file its schema, metadata and compression. `out` appears when it is whole:
-    a kill leaves the old one, or none.
+    its blank lines are no rows and are left out, and the header of a table stays. Kept rows of a
+    Parquet file have all their columns, and the new file its schema, metadata and compression.
+    `out` appears when it is whole: a kill leaves the old one, or none.
 
     Args:
       path: the file.
@@ -24,7 +36,8 @@ def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path
       out: the new file, with a name that ends like that of `path`. Replaced if it exists.
 
     Raises:
-      DataError: a missing or broken file, or `out` that is `path` or ends otherwise.
+      DataError: a missing or broken file, one that is a single JSON array, or `out` that is `path`
+        or ends otherwise.
       ValueError: `keep` that is empty or names a row that the file does not have.
       TypeError: `keep` with anything but whole numbers, such as a mask of true and false.
     """
@@ -39,7 +52,7 @@ def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path
     kept = {_number(row) for row in keep}
     if not kept:
         raise ValueError("keep names no row, expected at least one")
-    write = _write_parquet if path.suffix in PARQUET else _write_lines
+    write = _write_parquet if kind(path) == PARQUET[0] else _write_lines
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         total = write(path, kept, partial)
@@ -54,9 +67,7 @@ def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path
 
 
 def _ending(path: Path) -> str:
-    if path.suffix in PARQUET:
-        return PARQUET[0]
-    return ".gz" if path.suffix == ".gz" else ".jsonl"
+    return kind(path) + ".gz" * (path.suffix == ".gz")
 
 
 def _number(row: SupportsIndex) -> int:
@@ -72,12 +83,29 @@ def _write_lines(path: Path, kept: set[int], out: Path) -> int:
         # Without a name and a time in it, the same rows make the same archive.
         packed = gzip.GzipFile("", "wb", fileobj=plain, mtime=0) if path.suffix == ".gz" else plain
         with packed as file:
-            for line in lines(path):
-                if not line.isspace():
-                    if number in kept:
-                        file.write(line)
-                    number += 1
+            for line in _texts(path, file):
+                if number in kept:
+                    file.write(line)
+                number += 1
     return number
+
+
+def _texts(path: Path, out: Any) -> Iterator[bytes]:
+    """The bytes of each row; writes those that stand before all rows."""
+    if kind(path) in DELIMITERS:
+        for number, (line, _) in enumerate(records(path)):
+            if number:
+                yield line
+            else:
+                out.write(line)
+        return
+    empty = True
+    for line in lines(path):
+        if empty and is_array(line):
+            raise DataError(f"{path}: one JSON array, expected JSON lines to filter")
+        if not line.isspace():
+            yield line
+            empty = False
 
 
 def _write_parquet(path: Path, kept: set[int], out: Path) -> int:
