@@ -1,9 +1,9 @@
 """What every experiment on text pairs starts from: a model, pairs as arrays, and a command line."""
 
 import dataclasses
-import datetime
 import functools
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,12 +27,13 @@ from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
 from jaxpref.data.pairs import Counts, TokenPair, TooLong, encode, sha256
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import decoder, pretrained
+from jaxpref.models import bounds, decoder, pretrained
 from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
 from jaxpref.training.optimizers import torch_rmsprop
 from jaxpref.training.step import init_state, make_step
 
+SIDES = ("chosen", "rejected")
 SMALL: dict[str, Any] = {
     "width": 128,
     "layers": 4,
@@ -57,6 +58,16 @@ def above(bound: float, config: Any, *names: str) -> None:
             raise ValueError(f"{name}: got {value}, expected above {bound}")
 
 
+def finite(config: Any) -> None:
+    """Raises if a number of a configuration is none, or infinite where its default is not."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        allowed = field.default if isinstance(field.default, tuple) else (field.default,)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not (math.isfinite(each) or each in allowed):
+                raise ValueError(f"{field.name}: got {each}, expected a finite number")
+
+
 Bad = Literal["error", "skip"]
 """What becomes of a row that cannot be used: an error, or left out, counted and named."""
 DATE = str(chat.DATE)
@@ -79,12 +90,12 @@ def _bad(config: Any) -> Literal["error", "drop"]:
 
 
 def encoded(
-    config: Any, rows: Sequence[TextPair], tokenizer: Tokenizer, *, too_long: TooLong
+    config: Any, rows: Sequence[TextPair], subject: "Subject", *, too_long: TooLong
 ) -> tuple[list[TokenPair], Counts]:
     """Their token ids, by ``bad``, ``end``, ``date`` and ``limit`` of the configuration."""
-    return encode(
-        rows, tokenizer, end=line.end_of(config.end), date=line.date_of(config.date),
-        bad=_bad(config), limit=config.limit, too_long=too_long,
+    return line.encode(
+        rows, subject.policy, subject.tokenizer, bad=config.bad, end=line.end_of(config.end),
+        date=line.date_of(config.date), limit=config.limit, too_long=too_long,
     )  # fmt: skip
 
 
@@ -94,11 +105,12 @@ class Subject(NamedTuple):
     policy: Policy
     params: PyTree
     tokenizer: Tokenizer
+    revision: str | None = None  # commit of a model of the hub
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
 def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
-    """SmolLM2-135M-Instruct by default, a folder or GGUF file, or ``small``.
+    """SmolLM2-135M-Instruct by default, a folder, GGUF file or hub name, or ``small``.
 
     ``small`` is a decoder of 4 layers and width 128 with random weights of this seed, and SmolLM2's
     tokenizer: the experiment trains it from scratch. Options are the decoder's: with ``scan=True``
@@ -109,7 +121,7 @@ def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
     if found.tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer.json, expected one")
     if model != "small":
-        return Subject(found.policy, found.params, found.tokenizer)
+        return Subject(found.policy, found.params, found.tokenizer, found.revision)
     config = decoder.DecoderConfig(vocab=found.config.vocab, **SMALL)
     policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(seed), **options))
     return Subject(policy, params, found.tokenizer)
@@ -158,43 +170,26 @@ class Problem:
 
 
 def problem(
-    policy: Policy,
-    tokenizer: Tokenizer,
-    pairs: Sequence[TextPair],
-    *,
-    limit: int = 128,
-    end: int | str | None = None,
-    date: datetime.date = chat.DATE,
-    bad: Literal["error", "drop"] = "error",
-    skipped: Sequence[str] = (),
+    policy: Policy, tokenizer: Tokenizer, pairs: Sequence[TextPair], *, limit: int = 128
 ) -> Problem:
     """Token arrays of text pairs, and the policy's log-probabilities of them.
 
     The prompt is encoded once for both responses. Prompts lose their first tokens where a sequence
-    is longer than `limit`; a pair whose response alone is longer is a bad row. `skipped` are the
-    rows that were left out before.
+    is longer than `limit`; a pair whose response alone is longer raises.
     """
-    found, counts = encode(
-        pairs, tokenizer, end=end, limit=limit, too_long="truncate_left", date=date, bad=bad
-    )
-    return token_problem(policy, found, skipped=(*skipped, *counts.faults))
+    found, _ = encode(pairs, tokenizer, end=None, limit=limit, too_long="truncate_left")
+    return token_problem(policy, found)
 
 
-def problem_of(
-    config: Any, subject: Subject, found: files.Found, *, least: int, what: str = "pairs"
-) -> Problem:
-    """`problem` by ``limit``, ``end``, ``date`` and ``bad`` of the configuration.
+def problem_of(config: Any, subject: Subject, found: files.Found, *, least: int) -> Problem:
+    """`problem` of a run's pairs, by the settings that `encoded` reads.
 
     Raises:
-        ValueError: fewer than `least` pairs are left; `what` is the setting that asks for more.
+        ValueError: fewer than `least` pairs are left.
     """
-    ready = problem(
-        subject.policy, subject.tokenizer, found.rows, limit=config.limit,
-        end=line.end_of(config.end), date=line.date_of(config.date), bad=_bad(config),
-        skipped=found.faults,
-    )  # fmt: skip
-    enough(what, least, len(ready))
-    return ready
+    pairs, counts = encoded(config, found.rows, subject, too_long="truncate_left")
+    enough("pairs", least, len(pairs))
+    return token_problem(subject.policy, pairs, skipped=(*found.faults, *counts.faults))
 
 
 def enough(what: str, wanted: int, there: int) -> None:
@@ -206,7 +201,9 @@ def enough(what: str, wanted: int, there: int) -> None:
 def token_problem(
     policy: Policy, encoded: Sequence[TokenPair], *, skipped: Sequence[str] = ()
 ) -> Problem:
-    """`problem` of pairs that are token ids already."""
+    """`problem` of pairs that are token ids already; refuses what the model cannot read."""
+    places = [f"pair {row}, {side}" for row in range(len(encoded)) for side in SIDES]
+    bounds.check(policy.bounds, (ids for pair in encoded for ids in pair.tokens), places)
     found = batches.collate(encoded, range(len(encoded)), pad_id=0)
     packed = -(-int(logprobs.packed_lengths(*found[:2]).max()) // 8) * 8
     longest = int(found.is_response.sum(axis=-1).max())
@@ -227,8 +224,9 @@ def token_problem(
 
 
 def hashes(subject: Subject, problem: Problem) -> dict[str, Any]:
-    """Of model and pairs, for a run's provenance, and the rows that were skipped."""
+    """Of model and pairs, a hub model's commit, and the rows that were skipped: a provenance."""
     found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    found |= {"model_revision": subject.revision} if subject.revision else {}
     return found | {"skipped": without_folders(problem.skipped)}
 
 
@@ -361,6 +359,7 @@ def command(
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
     with line.one_line(experiment):
+        finite(settings)
         made_of = hashes(settings)
         run_folder = runs.create(
             experiment,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpref.models.configs import from_json, to_json, window_of
+from jaxpref.models.configs import from_json, to_json
 from jaxpref.models.decoder import DecoderConfig, RopeScaling
 from jaxpref.models.families import FAMILIES
 from jaxpref.models.weights import PretrainedError
@@ -149,7 +149,9 @@ EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; th
         rope_base=5e5,
         rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
     ),
-    "mistral": DecoderConfig(*(32000, 4096, 32, 32, 8, 128, 14336), max_positions=4096, tied=False),
+    "mistral": DecoderConfig(
+        *(32000, 4096, 32, 32, 8, 128, 14336), max_positions=32768, window=4096, tied=False
+    ),
     "gpt2": DecoderConfig(
         *(50257, 768, 12, 12, 12, 64, 3072),
         **LAYER,
@@ -221,8 +223,8 @@ def test_absent_settings_mean_what_transformers_means():
     assert (found.kv_heads, found.head_width) == (32, 64)
     assert not found.tied
     no_window = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
-    assert from_json(no_window, PLACE).max_positions == 4096
-    assert from_json({**MISTRAL, "sliding_window": None}, PLACE).max_positions == 32768
+    assert from_json(no_window, PLACE).window == 4096
+    assert from_json({**MISTRAL, "sliding_window": None}, PLACE).window is None
 
 
 def test_biases_are_read_where_the_family_has_a_switch():
@@ -242,13 +244,32 @@ def test_gemmas_newer_key_for_the_activation_wins():
 
 
 def test_the_window_counts_where_the_model_slides_it():
-    assert window_of(MISTRAL, PLACE) == 4096
-    assert window_of(LLAMA, PLACE) is None
-    assert window_of(QWEN2, PLACE) is None
-    assert window_of({**QWEN2, "use_sliding_window": True, "sliding_window": 64}, PLACE) == 64
+    sliding = {**QWEN2, "use_sliding_window": True, "sliding_window": 64}
+    assert from_json(sliding, PLACE) == dataclasses.replace(EXPECTED["qwen2"], window=64)
+    assert from_json(to_json(from_json(sliding, PLACE), "qwen2"), PLACE).window == 64
+    # transformers' Llama has no window, whatever its file says.
+    assert (
+        from_json({**LLAMA, "use_sliding_window": True, "sliding_window": 8}, PLACE)
+        == (EXPECTED["llama"])
+    )
 
 
 ROPE = "rope_scaling"
+FACTORS = [1.0 + i for i in range(32)]
+LONG = {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS}
+LONG |= {"attention_factor": 1.0}
+
+
+def test_factors_of_the_frequencies_are_read_and_written():
+    plain = dataclasses.replace(EXPECTED["llama"], rope_scaling=None)
+    for rope, factors in (
+        ({"rope_type": "linear", "factor": 4.0}, [4.0] * 32),
+        ({"type": "linear", "factor": 1}, None),
+        (LONG, FACTORS),
+    ):
+        expected = dataclasses.replace(plain, rope_factors=factors and tuple(factors))
+        assert from_json({**LLAMA, ROPE: rope}, PLACE) == expected
+        assert from_json(to_json(expected, "llama"), PLACE) == expected
 
 
 @pytest.mark.parametrize(
@@ -257,12 +278,29 @@ ROPE = "rope_scaling"
         (LLAMA, {"model_type": "bert"}, "model_type 'bert' is not supported, expected llama, "),
         (LLAMA, {"model_type": None}, "model_type None is not supported"),
         (LLAMA, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported, expected silu"),
-        (LLAMA, {"hidden_size": None}, "hidden_size is missing, expected a number"),
+        (LLAMA, {"model_type": ["llama"]}, "model_type .'llama'. is not supported"),
+        (LLAMA, {"hidden_size": None}, "hidden_size is missing, expected a whole number"),
+        (LLAMA, {"hidden_size": True}, "hidden_size is True, expected a whole number"),
+        (LLAMA, {"hidden_size": 24.5}, "hidden_size is 24.5, expected a whole number"),
+        (LLAMA, {"hidden_size": 1e300}, "hidden_size is 1e.300, expected a whole number"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number"),
+        (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),
+        (LLAMA, {"rope_theta": -1.0}, "rope_base: got -1.0, expected more than 0"),
         (LLAMA, {"intermediate_size": None}, "key intermediate_size is missing"),
-        (LLAMA, {"hidden_size": "wide"}, "hidden_size is 'wide', expected a number"),
+        (LLAMA, {"hidden_size": "wide"}, "hidden_size is 'wide', expected a whole number"),
         (LLAMA, {"num_attention_heads": 0, "head_dim": None}, "heads: got 0, expected at least 1"),
         (LLAMA, {"num_key_value_heads": 5}, "kv_heads: got 5, expected a divisor of heads"),
-        (LLAMA, {ROPE: {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not supported"),
+        (LLAMA, {ROPE: {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported"),
+        (LLAMA, {ROPE: {"type": "linear", "factor": 0}}, "rope factor 0.0, expected more than 0"),
+        (LLAMA, {ROPE: "linear"}, "rope parameters are 'linear', expected one group"),
+        (LLAMA, {ROPE: {"full_attention": {"rope_type": "default"}}}, "expected one group"),
+        (LLAMA, {ROPE: {**LONG, "long_factor": [2.0] * 32}}, "depend on a text's length"),
+        (LLAMA, {ROPE: {**LONG, "attention_factor": 1.2}}, "depend on a text's length"),
+        (
+            LLAMA,
+            {ROPE: {**LONG, "short_factor": [1.5], "long_factor": [1.5]}},
+            "got 1, expected 32",
+        ),
         (LLAMA, {ROPE: {"rope_type": "llama3"}}, "key factor is missing in the rope parameters"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config .* is not supported"),

@@ -389,7 +389,7 @@ def test_experiments(whole, experiment, tmp_path, name):
         with settings(found):
             program.main()
 
-    assert 0 < all_end_well(range(8), run)
+    assert all_end_well(range(8), run) > 0
 
 
 def test_the_folder_of_a_run_that_goes_on(tmp_path):
@@ -408,8 +408,7 @@ def test_the_folder_of_a_run_that_goes_on(tmp_path):
             )  # fmt: skip
 
     figure = Figure()
-    command_said = said(command)
-    assert command_said is None
+    assert said(command) is None
     whole = tmp_path / "runs" / "toy" / "x"
     files = ["config.json", "provenance.json", "parts/part.npz"]
     before = {file: (whole / file).read_bytes() for file in files}
@@ -443,7 +442,7 @@ VALUES = (
 
 @pytest.mark.parametrize("name", ["score", *EXPERIMENTS])
 def test_flags(whole, ready, experiment, tmp_path, monkeypatch, name):
-    """One setting of a command has a value that it does not expect; tyro's own refusals have status 2."""
+    """One setting has a value that it does not expect; what tyro refuses has status 2."""
     lab, program = (score, score) if name == "score" else experiment(name)
     monkeypatch.setattr(pretrained, "load", lambda *_, **__: ready)
     config = score.Options if name == "score" else lab.Config

@@ -21,6 +21,8 @@ from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
 from jaxpref.models.pretrained import PretrainedError
 
+TYPES = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
+TYPES |= {float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
 SIZES = {"vocab": 11, "width": 8, "layers": 2, "heads": 2, "head_width": 4, "mlp_width": 12}
 CONFIG = DecoderConfig(**SIZES, kv_heads=1, norm_epsilon=1e-6, max_positions=32)
 TOKENS = np.array([[1, 5, 3, 10, 0, 2, 2, 7]], np.int32)
@@ -67,8 +69,8 @@ def write_shards(folder):
     return folder
 
 
-def write_gguf(path, arch="llama", *, leave_out=(), **tensors):
-    """A tiny Llama of quantised products, as llama.cpp lays it out."""
+def write_gguf(path, arch="llama", *, leave_out=(), fields=None, more=None, **tensors):
+    """A tiny Llama of quantised products, as llama.cpp lays it out; more fields and tensors."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(1)
     writer.add_context_length(32)
@@ -82,6 +84,10 @@ def write_gguf(path, arch="llama", *, leave_out=(), **tensors):
     writer.add_token_list(["a", "b", "ab", *map(str, range(8))])
     writer.add_token_types([1] * 11)
     writer.add_token_merges(["a b"])
+    for name, value in (fields or {}).items():
+        writer.add_key_value(name, value, TYPES[type(value)])
+    for name, value in (more or {}).items():
+        writer.add_tensor(name, value)
     shapes = {"token_embd": (11, 32), "output_norm": (32,), "blk.0.attn_norm": (32,)}
     shapes |= {"blk.0.ffn_norm": (32,), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32)}
     shapes |= {"blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32)}
@@ -168,15 +174,29 @@ def test_a_tokenizer_travels_with_the_model(tmp_path):
     assert values["eos_token_id"] == tokenizer.eos_id
 
 
-def test_a_window_lets_short_texts_pass_and_refuses_long_ones(tmp_path):
+def test_a_window_changes_nothing_up_to_its_length_and_is_nan_beyond(tmp_path):
     change = {"model_type": "mistral", "sliding_window": 7}
     found = pretrained.load(write_folder(tmp_path, **change))
-    assert found.config.max_positions == found.policy.longest == 7
-    short = TOKENS[:, :7]
-    plain = hidden(decoder.abstract(CONFIG)[0], found.params, short)
-    np.testing.assert_array_equal(hidden(found.policy, found.params, short), plain)
-    with pytest.raises(ValueError, match="tokens: got 8 in a row, expected at most 7"):
-        found.policy.hidden(found.params, TOKENS)
+    assert found.config.window == found.policy.bounds.longest == 7
+    assert found.config.max_positions == 32
+    plain = hidden(decoder.abstract(CONFIG)[0], found.params, TOKENS)
+    windowed = hidden(found.policy, found.params, TOKENS)
+    np.testing.assert_array_equal(windowed[:, :7], plain[:, :7])
+    assert np.isnan(windowed[:, 7:]).all()
+
+
+def test_a_tied_model_may_keep_its_table_as_the_head_alone(tmp_path):
+    tensors = tensors_of()
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    same(pretrained.load(write_folder(tmp_path, tensors)).params, make_params(CONFIG))
+
+
+def test_more_layers_than_tensors_are_refused_before_any_is_built(tmp_path):
+    write_folder(tmp_path, num_hidden_layers=10**9)
+    assert refused(tmp_path) == (
+        f"{tmp_path}: 20 tensors, expected some for each of the 1000000000 layers of its "
+        "configuration"
+    )
 
 
 # GGUF

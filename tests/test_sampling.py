@@ -250,16 +250,17 @@ def test_a_vocabulary_in_several_pieces_changes_nothing(model, monkeypatch):
         ({"top_p": 0.0}, r"top_p: got 0.0, expected in \(0, 1\]"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
         ({"max_new": 0}, "max_new: got 0, expected at least 1"),
-        ({"max_new": 28}, "max_new: got 28, texts of 33 tokens, expected at most 32"),
+        ({"max_new": 29}, "max_new: got 29, texts of 34 tokens, expected at most 33"),
+        ({"prompts": np.array([[1, 2, 3, 4, 5], [1, 2, 99, 4, 5]])}, "prompts: row 1: token id 99"),
         ({"stop_ids": (13,)}, r"stop_ids: got \(13,\), expected ids from 0 to 12"),
         ({"is_prompt": np.array([[1] * 5, [0] * 5], bool)}, r"is_prompt: got no .* rows \[1\]"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     policy, params = decoder.abstract(FAMILIES["gpt2"])
-    good = {"is_prompt": np.ones((2, 5), bool), "max_new": 4, "key": KEY}
+    good = {"prompts": TOKENS[:, :5], "is_prompt": np.ones((2, 5), bool), "max_new": 4, "key": KEY}
     with pytest.raises(ValueError, match=message):
-        sample(policy, params, TOKENS[:, :5], **(good | change))
+        sample(policy, params, **(good | change))
 
 
 def test_a_policy_without_a_cache_is_refused():

@@ -69,14 +69,23 @@ def test_unconstrained_features_read_the_same_rows_and_their_own_unembedding():
     np.testing.assert_array_equal(hidden, params["hidden"][1, np.array([0, 3, 10])])
 
 
-def test_positions_past_the_table_or_attending_to_nothing_are_zero(model):
+def test_positions_past_the_table_are_nan_and_those_that_attend_to_nothing_zero(model):
     policy, params, _ = model
     tokens = jnp.array([[1, 0, 2, 2, 1, 0]])
     hidden = jax.jit(policy.hidden)(params, tokens)
     assert np.all(np.any(hidden[0, :LENGTH] != 0, axis=-1))
-    np.testing.assert_array_equal(hidden[0, LENGTH:], 0.0)
+    np.testing.assert_array_equal(hidden[0, LENGTH:], np.nan)
     nothing = jax.jit(policy.hidden)(params, tokens, None, jnp.zeros((1, 6, 6), bool))
     np.testing.assert_array_equal(nothing, 0.0)
+
+
+@pytest.mark.parametrize("unknown", [[9, 0, 0], [-1, 0, 0], [1, 7, 0], [1, -1, 0]])
+def test_ids_that_a_table_does_not_know_are_nan(model, unknown):
+    policy, params, _ = model
+    hidden = jax.jit(policy.hidden)(params, jnp.array([unknown]))
+    first = next(i for i, token in enumerate(unknown) if token not in (0, 1))
+    assert np.isfinite(hidden[0, :first]).all()
+    assert np.isnan(hidden[0, first:]).all()
 
 
 def test_left_padding_changes_nothing(model):

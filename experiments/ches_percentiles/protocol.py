@@ -97,7 +97,7 @@ def load(config: Config) -> Loaded:
     _check(config)
     found = common.read(config)
     subject = common.open_model(config.model, scan=True)
-    encoded, counts = common.encoded(config, found.rows, subject.tokenizer, too_long="drop")
+    encoded, counts = common.encoded(config, found.rows, subject, too_long="drop")
     if not config.subset <= config.pairs <= len(encoded):
         fit = f"{config.subset} to {len(encoded)}, the pairs that fit {config.limit} tokens"
         raise ValueError(f"pairs: got {config.pairs}, expected {fit}")

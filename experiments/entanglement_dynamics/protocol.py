@@ -53,8 +53,8 @@ class Config:
     """Updates on the training pairs' chosen responses before, by the same optimizer."""
     supervised_rate: float = 1e-3
     limit: int = 96
-    """Most tokens of prompt and response: longer prompts lose their beginning, and pairs of a file
-    whose responses leave no room are not used."""
+    """Most tokens of prompt and response: longer prompts lose their beginning, and a pair whose
+    responses leave no room cannot be used."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
@@ -105,13 +105,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     found, drawn = common.read(config), config.pairs + config.held_out
     subject = common.open_model(config.model, scan=True)
     rows = [found.rows[i] for i in np.random.default_rng(0).permutation(len(found.rows))]
-    whole, counts = common.encoded(
-        dataclasses.replace(config, limit=None), rows, subject.tokenizer, too_long="error"
-    )
-    fitting, _ = common.encoded(
-        dataclasses.replace(config, bad="skip"), [rows[pair.index] for pair in whole],
-        subject.tokenizer, too_long="truncate_left",
-    )  # fmt: skip
+    fitting, counts = common.encoded(config, rows, subject, too_long="truncate_left")
     if drawn > len(fitting):
         raise ValueError(
             f"pairs: a seed draws {drawn}, expected at most the {len(fitting)} that fit"

@@ -114,7 +114,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     _check(config)
     found = common.read(config)
     subject = common.open_model(config.model, scan=True)
-    usable, counts = common.encoded(config, found.rows, subject.tokenizer, too_long="drop")
+    usable, counts = common.encoded(config, found.rows, subject, too_long="drop")
     if (count := drawn(config)) > len(usable):
         raise ValueError(
             f"train, validation, test: got {count} pairs, expected at most the {len(usable)} that"

@@ -23,12 +23,19 @@ from experiments.no_vs_never.protocol import (
 )
 from jaxpref import runs
 from jaxpref.models import pretrained
+from jaxpref.score import command
 
 
 def _validate(config: Config) -> None:
     """Every error that the settings can have, before any time is spent."""
     tokenizer = tokenizer_of(config)
     common.at_least(1, config, "prompts", "updates", "sft_batch")
+    common.at_least(0, config, "seed")
+    for name in ("pairs", "losses", "sft_steps", "learning_rates", "train"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}: got none, expected one or more")
+    if not 0 < config.decay < 1:
+        raise ValueError(f"decay: got {config.decay}, expected a number between 0 and 1")
     for name in ("beta", "tau", *("learning_rates", "sft_learning_rate")):
         for value in np.atleast_1d(getattr(config, name)):
             if not value > 0:
@@ -84,7 +91,9 @@ def main() -> None:
     if unknown:
         sys.exit(f"no_vs_never: unknown {' '.join(unknown)}, expected what {program} --help lists")
     config = options.config
-    try:
+    with command.one_line("no_vs_never"):
+        common.finite(config)
+        common.at_least(1, options, "workers")
         _validate(config)
         run_folder = runs.create(
             "no_vs_never",
@@ -98,13 +107,11 @@ def main() -> None:
             wandb=options.wandb,
         )
         arrays = lab.run(config, run_folder.path, workers=options.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"no_vs_never: {error}")
-    rows = lab.summarise(config, arrays)
-    run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=_metrics(config, arrays))
-    figure = lab.draw(config, arrays)
-    print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
-    print(f"\nfigure: {run_folder.save_figure(figure)}")
+        rows = lab.summarise(config, arrays)
+        run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=_metrics(config, arrays))
+        figure = lab.draw(config, arrays)
+        print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
+        print(f"\nfigure: {run_folder.save_figure(figure)}")
 
 
 if __name__ == "__main__":

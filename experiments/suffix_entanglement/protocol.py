@@ -100,9 +100,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     own = common.read(config) if config.data else files.Found([], [])
     subject = common.open_model(config.model, scan=True)
     if config.data:  # each seed draws from the rows that can be used
-        usable, counts = common.encoded(
-            config, own.rows, subject.tokenizer, too_long="truncate_left"
-        )
+        usable, counts = common.encoded(config, own.rows, subject, too_long="truncate_left")
         rows = [own.rows[pair.index] for pair in usable]
         own = files.Found(rows, [*own.faults, *counts.faults])
         if count > len(rows):

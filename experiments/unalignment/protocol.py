@@ -74,6 +74,10 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     prompts: str | None = None
     """XSTest's CSV, or a file with its columns `prompt` and `label`; by default the shipped one."""
+    end: str = "eos"
+    """What closes a response: a token's text or id, ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(

@@ -8,6 +8,7 @@ Source: the GGUF specification, version 3, https://github.com/ggml-org/ggml/blob
 
 import math
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxtyping import Float
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS[12] = "d"
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 class Tensor(NamedTuple):
@@ -28,13 +30,14 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]  # numpy order: the last axis is contiguous
     quantisation: int  # ggml type number
     start: int  # byte in the file
+    path: Path  # of several parts, the one that holds it
 
 
 class Gguf(NamedTuple):
-    """The header of one file."""
+    """The header of one file, or of all parts of a split one."""
 
     path: Path
-    fields: Mapping[str, Any]  # numbers, strings, lists of these
+    fields: Mapping[str, Any]  # numbers, strings, lists of these; of the first part
     tensors: Mapping[str, Tensor]
 
 
@@ -82,21 +85,55 @@ def read_gguf(path: str | os.PathLike) -> Gguf:
     """Read the header of a GGUF file: fields and where the tensors lie.
 
     Args:
-        path: the file; little-endian, version 2 or 3.
+        path: the file; little-endian, version 2 or 3. Of a split one the first part,
+            ``NAME-00001-of-0000N.gguf``; the others are found beside it.
 
     Returns:
         `Gguf`; the tensors' data stay on disk until `read_tensor`.
 
     Raises:
-        ValueError: not a GGUF file, another version, or a header that the file cuts off.
+        ValueError: not a GGUF file, another version, a header that the file cuts off, or a part
+            that is missing or not the first.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
+    first = _read_one(Path(path))
+    count = first.fields.get("split.count", 1)
+    if not isinstance(count, int) or count < 2:
+        return first
+    number = first.fields.get("split.no", 0)
+    name = _PART.fullmatch(first.path.name)
+    if name is None or int(name[3]) != count or not isinstance(number, int):
+        raise ValueError(
+            f"{path}: part {_counted(number)} of {count} by its header, expected a name that ends "
+            f"in -00001-of-{count:05}.gguf"
+        )
+    if number != 0:
+        beginning = first.path.with_name(f"{name[1]}-00001-of-{count:05}.gguf")
+        raise ValueError(
+            f"{path}: part {number + 1} of {count}, expected the first, {beginning.name}"
+        )
+    tensors = dict(first.tensors)
+    for number in range(1, count):
+        part = first.path.with_name(f"{name[1]}-{number + 1:05}-of-{count:05}.gguf")
+        if not part.is_file():
+            raise ValueError(f"{path}: part 1 of {count}, expected {part.name} beside it")
+        tensors |= _read_one(part).tensors
+    total = first.fields.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise ValueError(f"{path}: {len(tensors)} tensors in its {count} parts, expected {total}")
+    return first._replace(tensors=tensors)
+
+
+def _counted(number: Any) -> Any:
+    return number + 1 if isinstance(number, int) else number
+
+
+def _read_one(path: Path) -> Gguf:
     content = np.memmap(path, mode="r").data if path.stat().st_size else b""
     cursor = _Cursor(content)
     try:
         return _header(path, cursor)
-    except (struct.error, OverflowError, MemoryError):
+    except (struct.error, OverflowError, MemoryError, RecursionError):
         raise ValueError(
             f"{path}: truncated GGUF, the header breaks off at byte {cursor.at} of {len(content)}"
         ) from None
@@ -125,8 +162,11 @@ def _header(path: Path, cursor: _Cursor) -> Gguf:
         shape = tuple(cursor.scalar("Q") for _ in range(cursor.scalar("I")))[::-1]
         rows.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     step = fields.get("general.alignment", 32)
+    if not isinstance(step, int) or step < 1:
+        raise ValueError(f"{path}: general.alignment is {step!r}, expected a number of bytes")
     begin = -(-cursor.at // step) * step
-    return Gguf(path, fields, {n: Tensor(s, kind, begin + at) for n, s, kind, at in rows})
+    tensors = {n: Tensor(s, kind, begin + at, path) for n, s, kind, at in rows}
+    return Gguf(path, fields, tensors)
 
 
 def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
@@ -146,15 +186,23 @@ def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
     from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 
-    shape, number, start = file.tensors[name]
+    shape, number, start, path = file.tensors[name]
+    block = size = 1
     try:
         kind, (block, size) = {int(k): (k, s) for k, s in GGML_QUANT_SIZES.items()}[number]
-        width = shape[-1] // block * size
-        data = _mapped(file.path, name, start, (*shape[:-1], width))
-        return dequantize(data, kind).reshape(shape)
-    except (NotImplementedError, KeyError):
+    except KeyError:
+        kind = None
+    if kind is None or not shape or shape[-1] % block:
         raise ValueError(
-            f"{file.path}: tensor {name} is quantised as type {number}, which gguf cannot undo"
+            f"{path}: tensor {name} is quantised as type {number} with shape {shape}, which gguf "
+            "cannot undo"
+        )
+    data = _mapped(path, name, start, (*shape[:-1], shape[-1] // block * size))
+    try:
+        return dequantize(data, kind).reshape(shape)
+    except NotImplementedError:
+        raise ValueError(
+            f"{path}: tensor {name} is quantised as type {number}, which gguf cannot undo"
         ) from None
 
 

@@ -116,7 +116,7 @@ def encode(
             faults.append(text)
 
     texts = _texts(rows, tokenizer, end, date, naming)
-    closing = _end_id(end, tokenizer)
+    closing = end_id(end, tokenizer)
     pairs, dropped, truncated = [], 0, 0
     for number, (one, ids) in _with_ids(texts, tokenizer).items():
         with naming(number):
@@ -138,7 +138,7 @@ def encode(
     return pairs, Counts(len(pairs), dropped, truncated, merged, tuple(faults))
 
 
-def _end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
+def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
     if end == "eos":
         if tokenizer.eos_id is None:
             raise DataError("end is 'eos', but this tokenizer has none; expected a token or None")
@@ -161,7 +161,7 @@ def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
         raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
     if chats:
         chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
-    ends = ends_of(tokenizer, _end_id(end, tokenizer), is_eos=end == "eos", date=date)
+    ends = ends_of(tokenizer, end_id(end, tokenizer), is_eos=end == "eos", date=date)
     found = {}
     for number, row in enumerate(rows):
         with naming(number):

@@ -187,14 +187,21 @@ class Tokenizer:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers opens too."""
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers opens too.
+
+        Both say whether a text gets a BOS; transformers 5 reads ``tokenizer.json`` alone for it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.special, "add_bos_token": self.adds_bos}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self.template is not None:
             config["chat_template"] = self.template
-        self.backend.save(str(folder / "tokenizer.json"))
+        backend, bos = self.backend, self.special.get("bos_token")
+        if (backend.encode("a").ids[:1] == [self.bos_id]) != self.adds_bos:
+            backend = tokenizers.Tokenizer.from_str(backend.to_str())
+            vocabulary.put_bos(backend, bos if self.adds_bos else None)
+        backend.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -129,7 +129,7 @@ def _compute(
         raise ValueError(
             f"batches: row {row}, {('chosen', 'rejected')[side]}: log-probability is "
             f"{logp[row, side]}, expected a finite number (a scored token needs a token before it, "
-            "and room in max_response and packed_time)"
+            "room in max_response and packed_time, and a model that knows its ids and positions)"
         )
     return logp
 

@@ -201,12 +201,16 @@ class Targets(NamedTuple):
 def find_targets(
     tokens: Array, is_token: Array, is_response: Array, max_response: int | None
 ) -> tuple[Array, Targets]:
-    """Columns of the scored tokens of right-padded sequences, first ones first, and the tokens."""
+    """Columns of the scored tokens of right-padded sequences, first ones first, and the tokens.
+
+    Padding may be what a model refuses with NaN, which would spoil gradients even where masked.
+    """
     require_positive(max_response=max_response)
     columns = jnp.argsort(~is_response, axis=-1, stable=True)[..., :max_response].astype(jnp.int32)
     is_target = jnp.take_along_axis(is_response, columns, axis=-1)
     targets = jnp.where(is_target, jnp.take_along_axis(tokens, columns, axis=-1), 0)
     lengths = is_response.sum(axis=-1, dtype=jnp.int32)
+    columns = jnp.where(is_target, columns, 0)  # unused room reads the text, never padding
     unpredicted = is_response[..., 0] | (is_response & ~is_token).any(axis=-1)
     refused = unpredicted | (lengths > columns.shape[-1])
     return columns, Targets(targets, is_target, lengths, refused)

@@ -31,9 +31,11 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
-    """Radians a position for each rotated pair of dimensions, ``[half]``; Llama 3 scaled too."""
+    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled ones too."""
     rotated = 2 * int(config.head_width * config.rope_fraction / 2)
     frequencies = config.rope_base ** (-np.arange(0, rotated, 2) / rotated)
+    if config.rope_factors is not None:
+        frequencies = frequencies / np.asarray(config.rope_factors)
     if config.rope_scaling is None:
         return frequencies
     scaling = config.rope_scaling

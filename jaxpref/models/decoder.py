@@ -21,6 +21,7 @@ With ``scan=True`` the number is left out, ``layers.attention...``, and axis 0 c
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from jaxpref.models import blocks
+from jaxpref.models.bounds import Bounds, mark
 
 
 class RopeScaling(NamedTuple):
@@ -59,10 +61,15 @@ class DecoderConfig:
         activation: Of the MLP; ``gelu`` is the exact one.
         gated: ``activation(gate) * up``, else ``activation(up)``.
         positions: Rotary, or a learned table.
-        max_positions: Rows of the learned table; with rope the longest text the model knows.
+        max_positions: Rows of the learned table; with rope the longest text it was made for, which
+            is no bound: angles go on.
         rope_base: Base of the rotary wave lengths.
         rope_fraction: Share of each head that is rotated (GPT-NeoX: 0.25).
         rope_scaling: Llama 3's, or None.
+        rope_factors: Divisors of the rotary frequencies, one for each rotated pair of axes; None
+            divides by nothing. GGUF files hold Llama 3's scaling in this form.
+        window: Tokens that attention sees, its own included; None sees all. The window itself is
+            not computed: texts that are longer are refused, for shorter ones it hides nothing.
         parallel_residual: Attention and MLP read the same stream (GPT-NeoX).
         qkv_bias: Query, key and value have biases (GPT-2, GPT-NeoX, Qwen2).
         output_bias: So has attention's output.
@@ -93,6 +100,8 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     rope_fraction: float = 1.0
     rope_scaling: RopeScaling | None = None
+    rope_factors: tuple[float, ...] | None = None
+    window: int | None = None
     parallel_residual: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -113,6 +122,7 @@ class DecoderConfig:
             "mlp_width",
             "max_positions",
         ]
+        sizes += ["window"] if self.window is not None else []
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
@@ -132,6 +142,14 @@ class DecoderConfig:
             raise ValueError(f"head_width: got {self.head_width}, expected an even number for rope")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction: got {self.rope_fraction}, expected in (0, 1]")
+        if self.rope_base <= 0:
+            raise ValueError(f"rope_base: got {self.rope_base}, expected more than 0")
+        rotated = int(self.head_width * self.rope_fraction / 2)
+        if self.rope_factors is not None and len(self.rope_factors) != rotated:
+            raise ValueError(
+                f"rope_factors: got {len(self.rope_factors)}, expected {rotated}, one for each "
+                "rotated pair of axes"
+            )
 
 
 def _no_cache(*_: Any) -> Any:
@@ -148,13 +166,14 @@ class Policy(NamedTuple):
         cached: `hidden` of new tokens after others, for `jaxpref.models.sampling`:
             ``(params, tokens, positions, attend, cache=None, at=0)``, as `Decoder.cached`. Raises
             ValueError where a policy has no such path.
-        longest: Tokens of the longest text; None where there is no bound.
+        bounds: Which ids and positions `hidden` reads; others make it NaN.
+            `jaxpref.models.bounds.check` names the text before.
     """
 
     hidden: Callable[..., Float[Array, "batch time width"]]
     unembedding: Callable[..., Float[Array, "vocab width"]]
     cached: Callable[..., tuple[Float[Array, "batch time width"], PyTree]] = _no_cache
-    longest: int | None = None
+    bounds: Bounds = Bounds()
 
 
 class Decoder(nnx.Module):
@@ -202,6 +221,9 @@ class Decoder(nnx.Module):
             self.unembedding = table(config.vocab)
         self.config, self.compute_dtype = config, compute_dtype
         self.remat = remat
+        table_end = config.max_positions if config.positions == "learned" else None
+        ends = [end for end in (table_end, config.window) if end is not None]
+        self.bounds = Bounds(config.vocab, min(ends, default=None))
 
     def __call__(
         self,
@@ -212,16 +234,20 @@ class Decoder(nnx.Module):
         """Hidden states after the final norm.
 
         Args:
-            tokens: Token ids. Ids outside the vocabulary read its nearest row.
+            tokens: Token ids. What sees an id outside the vocabulary is NaN.
             positions: Of each token from 0; None counts from the left. On padding any value does.
+                What sees a position outside a learned table, or outside a sliding window, is NaN.
             attend: Which tokens (last axis) each token sees, causality included; None sees itself
                 and all before it, which is right for padding on the right. A token that sees
                 nothing gets finite numbers of no meaning.
         """
         if positions is None:
             positions = np.arange(tokens.shape[1])[None]
-        x, by = self._embed(tokens, jnp.asarray(positions))
-        return self.norm(self._blocks(x, by, None if attend is None else jnp.asarray(attend)))
+        tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+        attend = None if attend is None else jnp.asarray(attend)
+        x, by = self._embed(tokens, positions)
+        hidden = self.norm(self._blocks(x, by, attend))
+        return mark(hidden, tokens, positions, attend, self.bounds)
 
     def cached(
         self,
@@ -242,15 +268,20 @@ class Decoder(nnx.Module):
             at: Column of the first token.
 
         Returns:
-            ``(hidden, cache)``, the tokens' keys and values written into the cache.
+            ``(hidden, cache)``, the tokens' keys and values written into the cache. Hidden states
+            are NaN as of `__call__`, but cached tokens are not looked at again.
         """
+        inside = attend if cache is None else None
+        mark_bad = partial(
+            mark, tokens=tokens, positions=positions, attend=inside, bounds=self.bounds
+        )
         x, by = self._embed(tokens, positions)
         if isinstance(self.layers, nnx.List):
             kept = []
             for block, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
                 x, now = block(x, by, attend, past, at)
                 kept.append(now)
-            return self.norm(x), kept
+            return mark_bad(self.norm(x)), kept
         graph, stacked = nnx.split(self.layers)
 
         def apply(x, layer):
@@ -258,11 +289,9 @@ class Decoder(nnx.Module):
             return nnx.merge(graph, params)(x, by, attend, past, at)
 
         x, kept = jax.lax.scan(apply, x, (stacked, cache))
-        return self.norm(x), kept
+        return mark_bad(self.norm(x)), kept
 
-    def _embed(
-        self, tokens: Array | np.ndarray, positions: Array
-    ) -> tuple[Array, blocks.Rotation | None]:
+    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, blocks.Rotation | None]:
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
@@ -298,7 +327,6 @@ def functional(model: Decoder) -> tuple[Policy, PyTree]:
     """
     graph, params = nnx.split(model, nnx.Param)
     name = "embedding" if model.config.tied else "unembedding"
-    longest = model.config.max_positions if model.config.positions == "learned" else None
 
     def hidden(params, tokens, positions=None, attend=None):
         return nnx.merge(graph, params)(tokens, positions, attend)
@@ -306,7 +334,7 @@ def functional(model: Decoder) -> tuple[Policy, PyTree]:
     def cached(params, *arguments):
         return nnx.merge(graph, params).cached(*arguments)
 
-    return Policy(hidden, lambda params: params[name][...], cached, longest), params
+    return Policy(hidden, lambda params: params[name][...], cached, model.bounds), params
 
 
 def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, PyTree]:

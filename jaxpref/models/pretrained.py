@@ -17,8 +17,10 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import PyTree
 
+from jaxpref.data import hub
+from jaxpref.data.files import DataError
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import configs, decoder, paths, weights
 from jaxpref.models.decoder import DecoderConfig, Policy
@@ -38,6 +40,7 @@ class Pretrained(NamedTuple):
       tokenizer: None where the folder has no ``tokenizer.json``.
       family: ``model_type``, as `save` wants it.
       source: the file or folder.
+      revision: commit of the hub's repository, None for a path.
     """
 
     policy: Policy
@@ -46,6 +49,7 @@ class Pretrained(NamedTuple):
     tokenizer: Tokenizer | None
     family: str
     source: Path
+    revision: str | None = None
 
 
 def smollm2(**decoder_options: Any) -> Pretrained:
@@ -71,55 +75,49 @@ def smollm2(**decoder_options: Any) -> Pretrained:
 
 
 def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
-    """A model from a ``.gguf`` file or a Hugging Face folder.
+    """A model from a ``.gguf`` file, a Hugging Face folder, or the hub.
 
     Args:
-      path: GGUF file (Llama, Mistral, Qwen2, Qwen3), or folder with ``config.json`` and
-        ``model.safetensors``, single or sharded, of a family in `jaxpref.models.families`.
+      path: GGUF file (Llama, Mistral, Qwen2, Qwen3; of a split one the first part), or folder with
+        ``config.json`` and ``model.safetensors``, single or sharded, of a family in
+        `jaxpref.models.families`. Where there is no such path, ``org/name`` or
+        ``org/name@revision`` is a model of the Hugging Face hub (`jaxpref.data.hub`).
       **decoder_options: of `jaxpref.models.decoder.Decoder`: ``scan``, ``remat``, dtypes.
 
     Returns:
-      The model. Where it slides an attention window over the text (Mistral), the policy refuses
-      texts longer than the window: up to there the window changes nothing.
+      The model. Where it slides an attention window over the text (Mistral), `Policy.bounds` ends
+      with the window: up to there it changes nothing.
 
     Raises:
       PretrainedError: one line that names file, tensor, expected and found.
+      DataError: the same, of the tokenizer.
     """
-    path = Path(path)
+    path, revision = _located(path)
     opened = open_folder(path) if path.is_dir() else open_gguf(path)
     config = configs.from_json(opened.values, opened.described)
+    weights.check_layers(opened.tensors, config)
     policy, params = decoder.abstract(config, **decoder_options)
     shapes = paths.shapes(params, config.layers)
     arrays = weights.read(opened.tensors, shapes, config, opened.layout)
     params = paths.unflatten(params, arrays, config.layers)
-    window = configs.window_of(opened.values, opened.described)
-    policy = policy if window is None else _within(policy, window)
     tokenizer = None
     if not path.is_dir():
         tokenizer = Tokenizer.from_gguf(path)
     elif (path / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_folder(path)
-    return Pretrained(policy, params, config, tokenizer, opened.values["model_type"], path)
+    family = opened.values["model_type"]
+    return Pretrained(policy, params, config, tokenizer, family, path, revision)
 
 
-def _within(policy: Policy, window: int) -> Policy:
-    """The policy, refusing texts on which its sliding window would hide tokens."""
-
-    def hidden(
-        params: PyTree,
-        tokens: Int[Array | np.ndarray, "batch time"],
-        positions: Int[Array | np.ndarray, "batch time"] | None = None,
-        attend: Bool[Array | np.ndarray, "batch time time"] | None = None,
-    ) -> Float[Array, "batch time width"]:
-        if tokens.shape[1] > window:
-            raise ValueError(
-                f"tokens: got {tokens.shape[1]} in a row, expected at most {window}: beyond it "
-                "this model slides its attention window, which is not supported"
-            )
-        return policy.hidden(params, tokens, positions, attend)
-
-    longest = window if policy.longest is None else min(window, policy.longest)
-    return policy._replace(hidden=hidden, longest=longest)
+def _located(name: str | os.PathLike) -> tuple[Path, str | None]:
+    """The file or folder of a path or of a name of the hub, and the commit of the latter."""
+    path = Path(name)
+    if path.exists() or not isinstance(name, str) or hub.parse(name) is None:
+        return path, None
+    try:
+        return hub.model(name)
+    except DataError as error:
+        raise PretrainedError(str(error)) from None
 
 
 def save(

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
 from jaxpref.models import blocks
+from jaxpref.models.bounds import check
 from jaxpref.models.decoder import Policy
 
 ROWS = 1024  # of the unembedding in one product
@@ -78,8 +79,9 @@ def sample(
         The responses.
 
     Raises:
-        ValueError: an argument out of its range, a prompt without tokens or too long for `max_new`
-            more in the policy's longest text, a policy without a cache; the message names it.
+        ValueError: an argument out of its range, a prompt without tokens, with an id that the
+            policy does not know, or too long for `max_new` more in its longest text, a policy
+            without a cache; the message names it.
 
     References:
         Holtzman et al. (2020), section 3.1 (top-p), https://arxiv.org/abs/1904.09751
@@ -243,8 +245,11 @@ def _check(policy, params, prompts, is_prompt, max_new, temperature, top_p, stop
     lengths = np.asarray(is_prompt).sum(axis=1)
     if empty := np.flatnonzero(lengths == 0).tolist():
         raise ValueError(f"is_prompt: got no token in rows {empty}, expected at least one in each")
-    text, bound = int(lengths.max()) + max_new, policy.longest
-    if bound is not None and text > bound:
+    texts = zip(np.asarray(prompts), np.asarray(is_prompt), strict=True)
+    numbers = [f"prompts: row {row}" for row in range(len(prompts))]
+    check(policy.bounds, (ids[real] for ids, real in texts), numbers)
+    text, longest = int(lengths.max()) + max_new, policy.bounds.longest
+    if longest is not None and text - 1 > longest:  # the last token is not encoded
         raise ValueError(
-            f"max_new: got {max_new}, texts of {text} tokens, expected at most {bound}"
+            f"max_new: got {max_new}, texts of {text} tokens, expected at most {longest + 1}"
         )

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 
-from jaxpref.data.gguf_file import Gguf, read_gguf, read_tensor
+from jaxpref.data.gguf_file import read_gguf, read_tensor
 from jaxpref.models.configs import family_of
+from jaxpref.models.headers import ARCHITECTURES, ROPE_FACTORS, values_of
 from jaxpref.models.weights import Layout, PretrainedError, Source
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -30,23 +31,7 @@ _GGUF_MODULES = {
     "unembedding": "output",
 }
 # llama.cpp keeps the rotary pairs of Llama side by side, those of the Qwens as transformers does.
-_GGUF_LAYOUTS = {
-    "llama": Layout(_GGUF_MODULES, interleaved=True),
-    "qwen2": Layout(_GGUF_MODULES),
-    "qwen3": Layout(_GGUF_MODULES),
-}
-_GGUF_KEYS = {  # key of config.json -> key of GGUF, after the architecture's name
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-    "sliding_window": "attention.sliding_window",
-}
+_GGUF_LAYOUTS = {kind: Layout(_GGUF_MODULES, interleaved=kind == "llama") for kind in ARCHITECTURES}
 
 
 class Opened(NamedTuple):
@@ -59,10 +44,11 @@ class Opened(NamedTuple):
 
 
 def open_gguf(path: Path) -> Opened:
-    """A GGUF file of a Llama, Qwen2 or Qwen3; Mistral files call themselves Llama.
+    """A GGUF file of a Llama, Qwen2 or Qwen3, all parts of it; Mistral files call themselves Llama.
 
     Raises:
-      PretrainedError: the file is missing, cut off, not a GGUF file or of another architecture.
+      PretrainedError: the file is missing, cut off, not a GGUF file or of another architecture, or
+        a field of its header would change the formula.
     """
     if not path.is_file():
         raise PretrainedError(f"{path}: no such file, expected a GGUF file or a model folder")
@@ -70,10 +56,6 @@ def open_gguf(path: Path) -> Opened:
         file = read_gguf(path)
     except ValueError as error:
         raise PretrainedError(str(error)) from None
-    kind = file.fields.get("general.architecture")
-    if kind not in _GGUF_LAYOUTS:
-        known = ", ".join(_GGUF_LAYOUTS)
-        raise PretrainedError(f"{path}: architecture {kind!r} is not supported, expected {known}")
 
     def read(name: str) -> np.ndarray:
         try:
@@ -81,22 +63,15 @@ def open_gguf(path: Path) -> Opened:
         except ValueError as error:
             raise PretrainedError(str(error)) from None
 
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    tensors = Source(path, shapes, dict.fromkeys(shapes, path), read)
-    return Opened(_gguf_values(file, kind), path, _GGUF_LAYOUTS[kind], tensors)
-
-
-def _gguf_values(file: Gguf, kind: str) -> dict[str, Any]:
-    fields, tensors = file.fields, file.tensors
-    found = {key: fields.get(f"{kind}.{name}") for key, name in _GGUF_KEYS.items()}
-    values = {key: value for key, value in found.items() if value is not None}
-    if "token_embd.weight" in tensors:
-        values["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none":
-        values["rope_scaling"] = {"rope_type": scaling}
-    values["use_sliding_window"] = "sliding_window" in values
-    return values | {"model_type": kind, "tie_word_embeddings": "output.weight" not in tensors}
+    try:
+        values = values_of(file)
+    except ValueError as error:
+        raise PretrainedError(f"{path}: {error}") from None
+    kind = file.fields["general.architecture"]
+    kept = {n: t for n, t in file.tensors.items() if kind != "llama" or n != ROPE_FACTORS}
+    shapes = {name: tensor.shape for name, tensor in kept.items()}
+    places = {name: tensor.path for name, tensor in kept.items()}
+    return Opened(values, path, _GGUF_LAYOUTS[kind], Source(path, shapes, places, read))
 
 
 def open_folder(folder: Path) -> Opened:
@@ -117,7 +92,7 @@ def open_folder(folder: Path) -> Opened:
 def _json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PretrainedError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise PretrainedError(f"{file}: found {type(values).__name__}, expected a JSON object")
@@ -131,7 +106,8 @@ def _folder_tensors(folder: Path) -> Source:
         files = [single]
     elif index.is_file():
         listed = _json(index).get("weight_map") or {}
-        if not listed:
+        whole = isinstance(listed, dict) and all(isinstance(x, str) for x in listed.values())
+        if not listed or not whole:
             raise PretrainedError(f"{index}: no weight_map, expected names of tensors and files")
         files = [folder / name for name in sorted(set(listed.values()))]
     else:

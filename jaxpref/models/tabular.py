@@ -7,9 +7,9 @@ first token of a row of `tokens` is the prompt's number, the rest walk the tree:
 
 They are `Policy` values like a real decoder's, so all that reads a policy works on them, with
 padding on either side and any layout: with `attend` the prefix of a position is what it attends
-to, in order. A position whose prefix is empty or longer than the table reads zeros, so padding of
-any amount is harmless, and a response longer than the table is the caller's mistake. Positions are
-not read, and token ids are not checked inside `Policy.hidden`.
+to, in order. A position whose prefix is empty reads zeros. One whose prefix is longer than the
+table, or holds an id that the table does not know, reads NaN, so that no other row's numbers pass
+for its own; padding that nothing attends to is harmless. Positions are not read.
 `jaxpref.models.enumeration` sums over all responses.
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
+from jaxpref.models.bounds import Bounds
 from jaxpref.models.decoder import Policy
 
 MAX_ROWS = 200_000  # of a prefix table, over all prompts
@@ -135,10 +136,13 @@ def unconstrained_features(
     }
 
     def hidden(params, tokens, positions=None, attend=None):
-        prefix = _prefixes(tokens, attend, vocab=vocab, length=length)
-        return _look_up(jnp.asarray(params["hidden"]), prefix)
+        table = jnp.asarray(params["hidden"])
+        prefix = _prefixes(tokens, attend, prompts=len(table), vocab=vocab, length=length)
+        return _look_up(table, prefix)
 
-    return Policy(hidden, lambda params: jnp.asarray(params["unembedding"])), params
+    bounds = Bounds(longest=length)
+    policy = Policy(hidden, lambda params: jnp.asarray(params["unembedding"]), bounds=bounds)
+    return policy, params
 
 
 class _Prefixes(NamedTuple):
@@ -146,7 +150,8 @@ class _Prefixes(NamedTuple):
 
     prompt: Int[Array, "batch time"]
     row: Int[Array, "batch time"]
-    inside: Bool[Array, "batch time"]  # False: attends to nothing, or past the table's end
+    empty: Bool[Array, "batch time"]  # attends to nothing
+    outside: Bool[Array, "batch time"]  # past the table's end, or of unknown ids
 
 
 def _table_policy(vocab: int, length: int) -> Policy:
@@ -154,16 +159,21 @@ def _table_policy(vocab: int, length: int) -> Policy:
         raise ValueError(f"vocab: got {vocab}, expected at most {MAX_IDENTITY} for free logits")
 
     def hidden(params, tokens, positions=None, attend=None):
-        prefix = _prefixes(tokens, attend, vocab=vocab, length=length)
-        return _look_up(jnp.asarray(params["logits"]), prefix)
+        table = jnp.asarray(params["logits"])
+        prefix = _prefixes(tokens, attend, prompts=len(table), vocab=vocab, length=length)
+        return _look_up(table, prefix)
 
-    return Policy(hidden, lambda params: jnp.eye(vocab, dtype=params["logits"].dtype))
+    def unembedding(params):
+        return jnp.eye(vocab, dtype=params["logits"].dtype)
+
+    return Policy(hidden, unembedding, bounds=Bounds(longest=length))
 
 
 def _prefixes(
     tokens: Int[Array, "batch time"],
     attend: Bool[Array, "batch time time"] | None,
     *,
+    prompts: int,
     vocab: int,
     length: int,
 ) -> _Prefixes:
@@ -180,14 +190,16 @@ def _prefixes(
     row = jnp.where(attend & (upto > 1), digits, 0).sum(axis=-1, dtype=tokens.dtype)
     prompt = jnp.where(attend & (upto == 1), keys, 0).sum(axis=-1, dtype=tokens.dtype)
     shorter = jnp.cumsum(places, dtype=tokens.dtype) - places  # rows of all shorter prefixes
-    inside = (count >= 1) & (count <= length)
-    return _Prefixes(prompt, row + shorter[jnp.clip(count - 1, 0, length - 1)], inside)
+    known = (keys >= 0) & (keys < jnp.where(upto == 1, prompts, vocab))
+    outside = (count > length) | (attend & ~known).any(axis=-1)
+    row = row + shorter[jnp.clip(count - 1, 0, length - 1)]
+    return _Prefixes(prompt, row, count == 0, outside)
 
 
 def _look_up(table: Array, prefix: _Prefixes) -> Array:
     found = table[prefix.prompt, prefix.row]
-    inside = jnp.broadcast_to(prefix.inside[..., None], found.shape)
-    return jnp.where(inside, found, jnp.zeros_like(found))
+    found = jnp.where(prefix.empty[..., None], jnp.zeros_like(found), found)
+    return jnp.where(prefix.outside[..., None], jnp.nan, found)
 
 
 def _check_table(**sizes: int) -> int:

@@ -142,6 +142,9 @@ def read(
     if layout.prefix and not any(name.startswith(layout.prefix) for name in source.shapes):
         layout = layout._replace(prefix="")
     wanted = names(ours, layout)
+    twin, embedding = _ends(layout)
+    if config.tied and embedding not in source.shapes and twin in source.shapes:
+        wanted[twin] = wanted.pop(embedding)  # one table under either name
     expected = {name: _file_shape(paths, ours, layout) for name, paths in wanted.items()}
     _check(source, expected, layout, config)
     found: Arrays = {}
@@ -165,6 +168,19 @@ def write(arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layou
     return {name: _to_file(paths, arrays, config, layout) for name, paths in wanted.items()}
 
 
+def check_layers(source: Source, config: DecoderConfig) -> None:
+    """Refuses a configuration of more layers than a file has tensors, before any is built.
+
+    Raises:
+      PretrainedError: there are more.
+    """
+    if config.layers > len(source.shapes):
+        raise PretrainedError(
+            f"{source.place}: {len(source.shapes)} tensors, expected some for each of the "
+            f"{config.layers} layers of its configuration"
+        )
+
+
 def _check(
     source: Source, expected: Mapping[str, Shape], layout: Layout, config: DecoderConfig
 ) -> None:
@@ -181,15 +197,21 @@ def _check(
                 f"expected {shape}"
             )
     extra = [n for n in source.shapes if n not in expected and not n.endswith(layout.ignored)]
-    twin, embedding = (layout.modules[name] + ".weight" for name in ("unembedding", "embedding"))
+    twin, embedding = _ends(layout)
     if config.tied and twin in extra:
-        _check_tied(source, twin, layout.prefix + embedding)
+        _check_tied(source, twin, embedding)
         extra.remove(twin)
     if extra:
         raise PretrainedError(
             f"{source.files[extra[0]]}: unexpected tensor {extra[0]} of shape "
             f"{source.shapes[extra[0]]}, expected no such tensor for this config{_others(extra)}"
         )
+
+
+def _ends(layout: Layout) -> tuple[str, str]:
+    """The tensors of the unembedding and of the embedding."""
+    twin, embedding = (layout.modules[name] + ".weight" for name in ("unembedding", "embedding"))
+    return twin, layout.prefix + embedding
 
 
 def _check_tied(source: Source, twin: str, embedding: str) -> None:

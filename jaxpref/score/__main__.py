@@ -23,7 +23,6 @@ from scipy import stats
 from jaxpref.data import chat, files
 from jaxpref.data.files import TextPair
 from jaxpref.data.files._rows import needed
-from jaxpref.data.pairs import encode
 from jaxpref.models import pretrained
 from jaxpref.score import command
 from jaxpref.score.pairs import DEFAULT, Score, score_pairs
@@ -81,9 +80,9 @@ def main(options: Options) -> dict[str, np.ndarray]:
     model = pretrained.load(path, scan=True) if path else pretrained.smollm2(scan=True)
     if model.tokenizer is None:
         raise ValueError(f"model: {options.model} has no tokenizer.json, expected one")
-    encoded, counts = encode(
-        found.rows, model.tokenizer, end=end, limit=options.limit, too_long=options.too_long,
-        bad=bad, date=date,
+    encoded, counts = command.encode(
+        found.rows, model.policy, model.tokenizer, bad=options.bad, end=end, date=date,
+        limit=options.limit, too_long=options.too_long,
     )  # fmt: skip
     if counts.truncated:
         print(f"{counts.truncated} prompts lost their first tokens", file=sys.stderr)
@@ -99,7 +98,12 @@ def main(options: Options) -> dict[str, np.ndarray]:
         mesh=parallel.data_mesh() if jax.device_count() > 1 else None, made_with=made_with,
     )  # fmt: skip
     scores = {"row": np.array([pair.row for pair in pairs]), **scores}
-    about = {"model": str(model.source.name), **made_with, "skipped": skipped}
+    about = {
+        "model": model.source.name,
+        "revision": model.revision,
+        **made_with,
+        "skipped": skipped,
+    }
     _write(options.out, scores, about)
     print(
         f"{options.out}: {len(pairs)} pairs, {len(skipped)} rows skipped\n{table(scores, wanted)}"

@@ -4,8 +4,16 @@ import contextlib
 import datetime
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import jax
+
+from jaxpref.data import pairs
+from jaxpref.data.files import DataError, RowError, TextPair
+from jaxpref.data.pairs import Counts, TokenPair
+from jaxpref.data.tokenizer import Tokenizer
+from jaxpref.models import bounds
+from jaxpref.models.decoder import Policy
 
 # What a user can cause: a file, a setting, a disk, a network, memory, a package that is not there.
 _CAUSED = (
@@ -76,6 +84,49 @@ def date_of(text: str) -> datetime.date:
         return datetime.date.fromisoformat(text)
     except ValueError:
         raise ValueError(f"date: got {text!r}, expected a day as YYYY-MM-DD") from None
+
+
+def encode(
+    rows: Sequence[TextPair],
+    policy: Policy,
+    tokenizer: Tokenizer,
+    *,
+    bad: Literal["error", "skip"],
+    **options: Any,
+) -> tuple[list[TokenPair], Counts]:
+    """`jaxpref.data.pairs.encode`; a pair that the model cannot read is a bad row, too.
+
+    Args:
+      rows: the pairs.
+      policy: the model, for its bounds.
+      tokenizer: the model's.
+      bad: a row that cannot be used is an error, or left out and in the counts.
+      **options: of `encode`.
+
+    Raises:
+      DataError: as `encode`; a pair outside the model's bounds under ``"error"``; no pair is left.
+    """
+    drop = "error" if bad == "error" else "drop"
+    found, counts = pairs.encode(rows, tokenizer, bad=drop, **options)
+    kept, faults = [], []
+    for pair in found:
+        fault = _unreadable(policy, pair)
+        if fault is None:
+            kept.append(pair)
+            continue
+        faults.append(f"{rows[pair.index].place or f'row {pair.index}'}: {fault}")
+        if bad == "error":
+            raise RowError(faults[0])
+    if found and not kept:
+        raise DataError(f"no row is left with bad='skip'; the first: {faults[0]}")
+    return kept, counts._replace(kept=len(kept), faults=(*counts.faults, *faults))
+
+
+def _unreadable(policy: Policy, pair: TokenPair) -> str | None:
+    for side, ids in zip(("chosen", "rejected"), pair.tokens, strict=True):
+        if fault := bounds.fault(policy.bounds, ids):
+            return f"{side}: {fault}"
+    return None
 
 
 def tell(what: str, rows: Sequence[str]) -> None:

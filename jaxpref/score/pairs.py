@@ -17,6 +17,7 @@ from jaxpref import embeddings, gradients, logprobs
 from jaxpref.data import batches
 from jaxpref.data.files import DataError
 from jaxpref.data.pairs import TokenPair, sha256
+from jaxpref.models import bounds
 from jaxpref.models.decoder import Policy
 from jaxpref.training import parallel
 
@@ -79,7 +80,8 @@ def score_pairs(
 
     Raises:
         ValueError: An unknown column, `tokens` below 1, or no pair.
-        DataError: A pair whose hidden states are not finite, by its row; a `folder` of another run.
+        DataError: A pair that the model cannot read (an id outside its table, more positions than
+            it knows) or whose hidden states are not finite, by its row; a `folder` of another run.
 
     References:
         Razin et al. (2024), https://arxiv.org/abs/2410.08847
@@ -89,6 +91,9 @@ def score_pairs(
         raise ValueError(f"columns: got {unknown[0]!r}, expected some of {', '.join(COLUMNS)}")
     if tokens < 1 or not pairs:
         raise ValueError(f"got tokens={tokens} and {len(pairs)} pairs, expected at least 1")
+    named = [f"{place}: {side}" for place in places or map("row {}".format, range(len(pairs)))
+             for side in ("chosen", "rejected")]  # fmt: skip
+    bounds.check(policy.bounds, (ids for pair in pairs for ids in pair.tokens), named)
     devices = 1 if mesh is None else mesh.devices.size
     plan = list(_plan([_packed_length(pair) for pair in pairs], tokens, devices))
     if folder is not None:
