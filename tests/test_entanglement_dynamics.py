@@ -63,7 +63,7 @@ def made(tiny_model, tmp_path_factory):
     cwd = tmp_path_factory.mktemp("made")
     config = dataclasses.replace(
         lab.SMOKE, losses=("dpo", "simpo", "dpop", "sft"), model=str(tiny_model),
-        data=written(cwd, 8), supervised=1, supervised_rate=1e-3, rate=1e-3, limit=32,
+        data=written(cwd, 8), bad="skip", supervised=1, supervised_rate=1e-3, rate=1e-3, limit=32,
     )  # fmt: skip
     return config, *smoke.command(lab, config, cwd)
 
