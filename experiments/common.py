@@ -82,10 +82,11 @@ def read(config: Any) -> files.Found:
     columns = line.columns_of(config.columns)
     if not config.data:
         return files.Found(preferences.load(), [])
-    return files.read(config.data, bad=_bad(config), columns=columns)
+    return files.read(config.data, bad=dropped(config), columns=columns)
 
 
-def _bad(config: Any) -> Literal["error", "drop"]:
+def dropped(config: Any) -> Literal["error", "drop"]:
+    """``bad`` of a configuration as readers of files take it."""
     return "error" if config.bad == "error" else "drop"
 
 

@@ -19,6 +19,7 @@ from experiments.no_vs_never.protocol import (
     digest,
     load_model,
     load_questions,
+    read_questions,
     tokenizer_of,
 )
 from jaxpref import runs
@@ -95,15 +96,20 @@ def main() -> None:
         common.finite(config)
         common.at_least(1, options, "workers")
         _validate(config)
+        skipped = read_questions(config.data, config.bad).faults
+        model = load_model(config.model)
+        made_of = {
+            "model": pretrained.hash_params(model.params),
+            "data": digest(load_questions(config)),
+            "skipped": common.without_folders(skipped),
+            **({"model_revision": model.revision} if model.revision else {}),
+        }
         run_folder = runs.create(
             "no_vs_never",
             options.name,
             dataclasses.asdict(config),
             resume=options.resume,
-            provenance={
-                "model": pretrained.hash_params(load_model(config.model).params),
-                "data": digest(load_questions(config.data)),
-            },
+            provenance=made_of,
             wandb=options.wandb,
         )
         arrays = lab.run(config, run_folder.path, workers=options.workers)
@@ -112,6 +118,7 @@ def main() -> None:
         figure = lab.draw(config, arrays)
         print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
         print(f"\nfigure: {run_folder.save_figure(figure)}")
+        command.tell("skipped", skipped)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def fault(bounds: Bounds, text: Sequence[int] | Int[np.ndarray, " time"]) -> str
     "token id 7, expected 0 to 4: the model's table has fewer rows than its tokenizer has tokens"
     """
     ids = np.asarray(text)
-    longest, vocab = bounds
+    vocab, longest = bounds
     if longest is not None and ids.size - 1 > longest:
         return (
             f"a text of {ids.size} tokens, expected at most {longest + 1}: this model knows "

@@ -40,7 +40,9 @@ def one_line(program: str) -> Iterator[None]:
         sys.exit(130)
     except _CAUSED as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        sys.exit(f"{program}: {said}")
+        # A message may repeat what it met, and that may be anything: half a character, a megabyte.
+        said = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in said)
+        sys.exit(f"{program}: {said if len(said) <= 1000 else f'{said[:1000]}...'}")
 
 
 def columns_of(text: str) -> dict[str, str | None] | None:
