@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import resource
+import shutil
 import struct
 
 import gguf
@@ -15,7 +16,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxpref.models import decoder, paths, pretrained, weights
+from jaxpref.models import blocks, decoder, paths, pretrained, weights
 from jaxpref.models.configs import to_json
 from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
@@ -224,7 +225,7 @@ def test_gguf_is_dequantised_into_our_layout(tmp_path):
             {"leave_out": ["output_norm"]},
             "tensor output_norm.weight is missing, expected shape (32,)",
         ),
-        ({"leave_out": ["token_embd"]}, "key vocab_size is missing, expected a number"),
+        ({"leave_out": ["token_embd"]}, "key vocab_size is missing, expected a whole number"),
         (
             {"blk.0.ffn_up": np.zeros((32, 32), np.float32)},
             "tensor blk.0.ffn_up.weight has shape (32, 32), expected (64, 32)",
@@ -234,6 +235,157 @@ def test_gguf_is_dequantised_into_our_layout(tmp_path):
 def test_a_wrong_gguf_is_refused(tmp_path, change, message):
     path = write_gguf(tmp_path / "a.gguf", **change)
     assert refused(path) == f"{path}: {message}"
+
+
+HARMLESS = {
+    "general.name": "x",
+    "general.quantized_by": "y",
+    "quantize.imatrix.file": "z",
+    "mradermacher.quantized_on": "somewhere",
+    "tokenizer.ggml.padding_token_id": 1,
+    "llama.vocab_size": 11,
+    "llama.rope.dimension_count": 16,
+    "llama.attention.key_length": 16,
+    "llama.attention.value_length": 16,
+    "llama.rope.freq_base": 10000.0,
+    "llama.rope.scaling.type": "linear",
+    "llama.rope.scaling.factor": 1.0,
+    "llama.rope.scaling.original_context_length": 16,
+    "llama.rope.scaling.finetuned": True,
+    "llama.attention.causal": True,
+    "llama.logit_scale": 1.0,
+    "llama.expert_count": 0,
+}
+
+
+def test_fields_that_change_nothing_pass(tmp_path):
+    plain = pretrained.load(write_gguf(tmp_path / "a.gguf"))
+    found = pretrained.load(write_gguf(tmp_path / "b.gguf", fields=HARMLESS))
+    assert found.config == plain.config
+    same(found.params, plain.params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0}, 2.0),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scale_linear": 0.0}, None),
+    ],
+)
+def test_a_linear_scaling_under_either_name_divides_the_frequencies(tmp_path, fields, factor):
+    config = pretrained.load(write_gguf(tmp_path / "a.gguf", fields=fields)).config
+    assert config.rope_factors == (factor and (factor,) * 8)
+    plain = 10000.0 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(blocks.rope_frequencies(config), plain / (factor or 1.0), rtol=1e-15)
+
+
+def test_the_rotary_factors_of_llama_3_are_a_tensor(tmp_path):
+    factors = np.array([1, 1, 1, 1.5, 3, 8, 8, 8], np.float32)
+    path = write_gguf(tmp_path / "a.gguf", more={"rope_freqs.weight": factors})
+    found = pretrained.load(path)
+    plain = 10000.0 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(blocks.rope_frequencies(found.config), plain / factors, rtol=1e-15)
+    pretrained.save(tmp_path / "b", found.params, found.config, family=found.family)
+    assert pretrained.load(tmp_path / "b").config == found.config
+    short = write_gguf(tmp_path / "c.gguf", more={"rope_freqs.weight": factors[:4]})
+    assert refused(short) == (
+        f"{short}: rope_factors: got 4, expected 8, one for each rotated pair of axes"
+    )
+    qwen = write_gguf(tmp_path / "d.gguf", "qwen2", more={"rope_freqs.weight": factors})
+    assert "tensor" in refused(qwen)
+
+
+def test_a_llama_with_a_window_is_a_mistral(tmp_path):
+    found = pretrained.load(
+        write_gguf(tmp_path / "a.gguf", fields={"llama.attention.sliding_window": 9})
+    )
+    assert (found.family, found.config.window, found.policy.bounds.longest) == ("mistral", 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("rope.scaling.type", "yarn", "expected 'linear' or 'none'"),
+        ("rope.scaling.type", "longrope", "expected 'linear' or 'none'"),
+        ("rope.scaling.attn_factor", 1.5, "expected 1: any other"),
+        ("rope.dimension_count", 8, "expected 16: any other"),
+        ("rope.dimension_sections", 4, "expected no such field"),
+        ("rope.freq_base_swa", 5e5, "expected"),
+        ("rope.something_new", 1.0, "expected no such field"),
+        ("attention.value_length", 32, "expected 16: any other"),
+        ("attention.causal", False, "expected True: any other"),
+        ("attention.clamp_kqv", 8.0, "expected 0: any other"),
+        ("attention.max_alibi_bias", 8.0, "expected 0: any other"),
+        ("attention.scale", 0.5, "expected 0: any other"),
+        ("attention.sliding_window_pattern", 6, "expected no such field"),
+        ("attn_logit_softcapping", 50.0, "expected 0: any other"),
+        ("final_logit_softcapping", 30.0, "expected 0: any other"),
+        ("logit_scale", 0.25, "expected 1: any other"),
+        ("embedding_scale", 12.0, "expected 1: any other"),
+        ("residual_scale", 0.2, "expected 1: any other"),
+        ("expert_count", 8, "expected 0: any other"),
+        ("expert_used_count", 2, "expected 0: any other"),
+        ("use_parallel_residual", True, "expected False: any other"),
+    ],
+)
+def test_a_field_that_changes_the_formula_is_refused(tmp_path, field, value, expected):
+    path = write_gguf(tmp_path / "a.gguf", fields={f"llama.{field}": value})
+    message = refused(path)
+    assert message.startswith(
+        f"{path}: field llama.{field} is {value!r}, {expected}".replace(
+            repr(value), f"{value:g}" if isinstance(value, float) else repr(value)
+        )
+    )
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", fields={"general.type": "adapter"})
+    assert refused(path) == f"{path}: general.type is 'adapter', expected 'model'"
+
+
+def split_gguf(folder, *, parts=3):
+    """A tiny file in parts, as llama.cpp's gguf-split writes them."""
+    whole = gguf.GGUFReader(write_gguf(folder / "whole.gguf"))
+    shares = [whole.tensors[i::parts] for i in range(parts)]
+    paths = [folder / f"tiny-{i + 1:05}-of-{parts:05}.gguf" for i in range(parts)]
+    for number, (path, share) in enumerate(zip(paths, shares, strict=True)):
+        writer = gguf.GGUFWriter(path, "llama")
+        for field in whole.fields.values() if number == 0 else ():
+            if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+                kind, *item = field.types
+                writer.add_key_value(field.name, field.contents(), kind, *item[:1])
+        writer.add_key_value("split.no", number, gguf.GGUFValueType.UINT16)
+        writer.add_key_value("split.count", parts, gguf.GGUFValueType.UINT16)
+        total = len(whole.tensors)
+        writer.add_key_value("split.tensors.count", total, gguf.GGUFValueType.INT32)
+        for tensor in share:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
+
+
+def test_the_parts_of_a_split_file_are_one_model(tmp_path):
+    first, second, third = split_gguf(tmp_path)
+    found, whole = pretrained.load(first), pretrained.load(tmp_path / "whole.gguf")
+    assert found.config == whole.config
+    same(found.params, whole.params)
+    assert found.tokenizer.encode("abba") == [2, 1, 0]
+    assert refused(second) == f"{second}: part 2 of 3, expected the first, {first.name}"
+    third.rename(tmp_path / "elsewhere")
+    assert refused(first) == f"{first}: part 1 of 3, expected {third.name} beside it"
+    shutil.copy(second, third)
+    assert refused(first) == f"{first}: 8 tensors in its 3 parts, expected 11"
+    first.rename(tmp_path / "renamed.gguf")
+    assert "renamed.gguf: part 1 of 3 by its header, expected a name that ends in -00001-of-" in (
+        refused(tmp_path / "renamed.gguf")
+    )
 
 
 def test_a_cut_gguf_is_refused(tmp_path):

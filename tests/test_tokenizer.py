@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import gguf
@@ -260,22 +261,70 @@ def test_bytes_stand_in_for_characters_outside_the_vocabulary(pieces_folder):
     assert tokenizer.decode(found) == "note 日"
 
 
-def test_whether_a_folder_wants_a_bos(pieces_folder, tmp_path):
-    by_file = Tokenizer.from_folder(pieces_folder)
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_whether_a_text_gets_a_bos_stands_in_the_tokenizer_file(pieces_folder, tmp_path, flag):
+    """transformers 5 drops the flag where there is a tokenizer.json."""
+    by_file = Tokenizer.from_folder(changed(pieces_folder, tmp_path, add_bos_token=flag))
     assert by_file.adds_bos
     assert by_file.encode("no")[0] == by_file.bos_id == 1
-    by_flag = Tokenizer.from_folder(changed(pieces_folder, tmp_path, add_bos_token=False))
-    assert not by_flag.adds_bos
-    assert by_flag.encode("no") == by_file.encode("no")[1:]
+    rewritten(tmp_path, post_processor=None)
+    without = Tokenizer.from_folder(tmp_path)
+    assert not without.adds_bos
+    assert without.encode("no") == by_file.encode("no")[1:]
+
+
+def test_what_is_no_bos_in_front_of_a_text_is_refused(pieces_folder, tmp_path):
+    folder = changed(pieces_folder, tmp_path, bos_token="</s>")
+    with pytest.raises(DataError, match=r"json: puts \['<s>'\] in front of a text, expected not"):
+        Tokenizer.from_folder(folder)
+
+
+def rewritten(folder, **values):
+    """Other entries in a folder's tokenizer.json."""
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    return folder
 
 
 def test_special_tokens_may_stand_in_the_older_file(pieces_folder, tmp_path):
-    folder = changed(pieces_folder, tmp_path, bos_token=None, eos_token=None)
-    assert Tokenizer.from_folder(folder).eos_id is None
+    folder = changed(pieces_folder, tmp_path, bos_token=None, eos_token="<unk>")
+    before = Tokenizer.from_folder(folder)
+    assert (before.bos_id, before.eos_id) == (1, 0)  # the file's own BOS, though nothing names it
     (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>", "pad_token": "<none>"}')
     tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.eos_id == tokenizer.pad_id == 2  # a pad token outside the vocabulary is none
-    assert tokenizer.bos_id is None
+    assert tokenizer.eos_id == 2  # the older file wins over a configuration without the tokens
+    assert tokenizer.pad_id == before.vocab == tokenizer.vocab - 1  # a new one, after the others
+    config = {"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}}
+    assert Tokenizer.from_folder(changed(folder, folder, **config)).eos_id == 0
+
+
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+STRIPPED = {**FLAGS, "normalized": False, "lstrip": True, "rstrip": True}
+
+
+def test_special_tokens_keep_the_meaning_that_their_file_gives_them(pieces_folder, tmp_path):
+    folder = changed(pieces_folder, tmp_path, eos_token="<turn>", additional_special_tokens=["<x>"])
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    size = Tokenizer.from_folder(pieces_folder).vocab
+    added += [
+        {"id": size, "content": "<turn>", "special": True, **STRIPPED},
+        {"id": size + 1, "content": "<call>", "special": False, **FLAGS},
+        {"id": size + 2, "content": "word", "special": False, **FLAGS, "single_word": True},
+    ]
+    rewritten(folder, added_tokens=added)
+    first = Tokenizer.from_folder(folder)
+    first.save(tmp_path / "again")
+    for tokenizer in (first, Tokenizer.from_folder(tmp_path / "again")):
+        kept = {t.content: t for t in tokenizer.backend.get_added_tokens_decoder().values()}
+        assert (kept["<turn>"].lstrip, kept["<turn>"].rstrip) == (True, True)
+        assert (kept["<call>"].special, kept["<x>"].special) == (False, True)
+        assert tokenizer.eos_id == size
+        no = tokenizer.encode("no")
+        assert tokenizer.encode("no <turn>  no") == [*no, size, *no[1:]]
+        ids = tokenizer.encode("<call><x><turn>")[1:]
+        assert tokenizer.decode(ids, skip_special=True) == "<call>"
+        assert size + 2 in tokenizer.encode("no word")
+        assert size + 2 not in tokenizer.encode("nowords")
 
 
 def test_the_template_file_comes_before_the_configuration(pieces_folder, tmp_path):
@@ -289,11 +338,11 @@ def test_the_template_file_comes_before_the_configuration(pieces_folder, tmp_pat
 
 
 def test_gguf_of_another_kind_is_an_error_that_names_the_known_ones(tmp_path):
-    known = r"expected 'gpt2' with pre 'gpt-2', 'smollm', 'qwen2', 'llama-bpe'$"
+    known = r"expected 'llama', or 'gpt2' with pre 'gpt-2', 'smollm', 'qwen2', .*'llama-bpe'"
     with pytest.raises(DataError, match=r"'gpt2' with pre 'deepseek-llm' is not.*" + known):
         Tokenizer.from_gguf(gguf_file(tmp_path / "a.gguf", "deepseek-llm"))
-    with pytest.raises(DataError, match=r"tokenizer 'llama' is not supported.*" + known):
-        Tokenizer.from_gguf(gguf_file(tmp_path / "b.gguf", "default", model="llama"))
+    with pytest.raises(DataError, match=r"tokenizer 't5' is not supported.*" + known):
+        Tokenizer.from_gguf(gguf_file(tmp_path / "b.gguf", "default", model="t5"))
     with pytest.raises(DataError, match=r"c.gguf: no tokenizer.ggml.tokens in its header$"):
         Tokenizer.from_gguf(gguf_file(tmp_path / "c.gguf", "gpt-2", tokens=False))
 
@@ -308,6 +357,33 @@ def test_folder_errors_name_the_file(pieces_folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(DataError, match=r"tokenizer.json: not a tokenizer"):
         Tokenizer.from_folder(tmp_path)
+
+
+def refused(open_it, path):
+    with pytest.raises(DataError) as error:
+        open_it(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_merges_outside_the_vocabulary_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "MERGES", [*MERGES, "he zz"])
+    path = gguf_file(tmp_path / "a.gguf", "gpt-2")
+    message = refused(Tokenizer.from_gguf, path)
+    assert message.startswith(f"{path}: not a tokenizer (")
+    assert "`zz` out of vocabulary" in message
+
+
+def test_an_unknown_token_that_the_file_lacks_is_refused_before_a_text_meets_it(
+    pieces_folder, tmp_path
+):
+    changed(pieces_folder, tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    vocab = {t: i for t, i in model["vocab"].items() if not t.startswith("<0x")}
+    rewritten(tmp_path, model={**model, "vocab": vocab, "unk_token": "<none>"})
+    message = refused(Tokenizer.from_folder, tmp_path)
+    assert message.startswith(f"{tmp_path / 'tokenizer.json'}: not a tokenizer (")
+    assert "<none>" in message
 
 
 @pytest.fixture(scope="session")

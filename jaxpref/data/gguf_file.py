@@ -187,23 +187,19 @@ def read_tensor(file: Gguf, name: str) -> Float[np.ndarray, "..."]:
     from gguf.quants import dequantize
 
     shape, number, start, path = file.tensors[name]
-    block = size = 1
-    try:
-        kind, (block, size) = {int(k): (k, s) for k, s in GGML_QUANT_SIZES.items()}[number]
-    except KeyError:
-        kind = None
-    if kind is None or not shape or shape[-1] % block:
-        raise ValueError(
-            f"{path}: tensor {name} is quantised as type {number} with shape {shape}, which gguf "
-            "cannot undo"
-        )
+    kinds = {int(kind): (kind, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    problem = f"{path}: tensor {name} of shape {shape} is quantised as type {number}, which"
+    if number not in kinds:
+        raise ValueError(f"{problem} gguf cannot undo")
+    kind, block, size = kinds[number]
+    if not shape or 0 in shape or shape[-1] % block:
+        raise ValueError(f"{problem} holds {block} numbers a block")
     data = _mapped(path, name, start, (*shape[:-1], shape[-1] // block * size))
     try:
-        return dequantize(data, kind).reshape(shape)
+        with np.errstate(all="ignore"):  # damaged scales: not finite, as anything from them
+            return dequantize(data, kind).reshape(shape)
     except NotImplementedError:
-        raise ValueError(
-            f"{path}: tensor {name} is quantised as type {number}, which gguf cannot undo"
-        ) from None
+        raise ValueError(f"{problem} gguf cannot undo") from None
 
 
 def _mapped(path: Path, name: str, start: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -221,15 +221,16 @@ def _add(backend: tokenizers.Tokenizer, tokens: list[Any], place: Path, *, again
         known[text] = wanted
 
 
-def _front(backend: tokenizers.Tokenizer, special: Mapping[str, str], file: Path) -> bool:
-    """Whether the file's own template puts a BOS in front of a text."""
+def _front(backend: tokenizers.Tokenizer, special: dict[str, str], file: Path) -> bool:
+    """Whether the file's own template puts a BOS in front of a text; names it if nothing does."""
     inner = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a").ids
     places = range(len(whole) - len(inner) + 1)
     start = next((i for i in places if whole[i : i + len(inner)] == inner), 0)
-    bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
-    if whole[:start] not in ([], [bos]):
-        found = [backend.id_to_token(i) for i in whole[:start]]
+    found = [backend.id_to_token(i) for i in whole[:start]]
+    if len(found) == 1:
+        special.setdefault("bos_token", str(found[0]))
+    if found not in ([], [special.get("bos_token")]):
         raise DataError(f"{file}: puts {found} in front of a text, expected nothing or its BOS")
     return start == 1
 
@@ -284,8 +285,8 @@ def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
             raise DataError(f"{file}: not UTF-8 ({error})") from None
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
-        entries = [entry for entry in found if isinstance(entry, dict)]
-        found = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((x.get("template") for x in named if x.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         place = folder / "tokenizer_config.json"
         raise DataError(f"{place}: chat_template is {type(found).__name__}, expected a text")

@@ -146,9 +146,9 @@ def _config(values: Values, family: Family) -> DecoderConfig:
         if (found := values.get(key)) is not None and found != value:
             raise ValueError(f"{key} {found!r} is not supported, expected {value!r}")
     config = _fields(values, family) | dict(family.fixed)
-    config["kv_heads"] = config.get("kv_heads") or config["heads"]
-    config["head_width"] = config.get("head_width") or config["width"] // max(config["heads"], 1)
-    config["mlp_width"] = config["mlp_width"] or 4 * config["width"]
+    heads, width = max(config["heads"], 1), config["width"]
+    usual = {"kv_heads": heads, "head_width": width // heads, "mlp_width": 4 * width}
+    config |= {name: value for name, value in usual.items() if config.get(name) is None}
     config["activation"] = _activation(values, family)
     config["window"] = _window(values)
     if values["model_type"] == "gemma":
@@ -209,11 +209,11 @@ def _rope(values: Values, family: Family, head_width: int) -> dict[str, Any]:
     if not isinstance(rope, Mapping) or any(isinstance(x, Mapping) for x in rope.values()):
         raise ValueError(f"rope parameters are {_short(rope)}, expected one group of settings")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or values.get(base) or 10_000.0
-    share = rope.get("partial_rotary_factor") or values.get(fraction) or 1.0
+    bases = (rope.get("rope_theta"), values.get(base), 10_000.0)
+    shares = (rope.get("partial_rotary_factor"), values.get(fraction), 1.0)
     found: dict[str, Any] = {
-        "rope_base": _typed(base, theta, float),
-        "rope_fraction": _typed(fraction, share, float),
+        "rope_base": _typed(base, next(x for x in bases if x is not None), float),
+        "rope_fraction": _typed(fraction, next(x for x in shares if x is not None), float),
     }
     if values["model_type"] != "gpt_neox" and found["rope_fraction"] != 1.0:
         raise ValueError(f"{fraction} {found['rope_fraction']} is not supported, expected 1")

@@ -95,11 +95,8 @@ def values_of(file: Gguf) -> dict[str, Any]:
     _check_rest(own, kind, values)
     if scaling := _scaling(own, file, kind):
         values["rope_scaling"] = scaling
-    windowed = values.get("sliding_window") not in (None, 0)
-    values |= {
-        "use_sliding_window": windowed,
-        "sliding_window": values.get("sliding_window") or None,
-    }
+    values["use_sliding_window"] = windowed = values.get("sliding_window", 0) != 0
+    values["sliding_window"] = values["sliding_window"] if windowed else None
     family = "mistral" if kind == "llama" and windowed else kind
     return values | {"model_type": family, "tie_word_embeddings": "output.weight" not in tensors}
 
@@ -143,10 +140,10 @@ def _scaling(own: Mapping[str, Any], file: Gguf, kind: str) -> dict[str, Any] | 
         raise ValueError(
             f"field {kind}.rope.scaling.type is {_short(named)}, expected 'linear' or 'none'"
         )
-    # The newer key wins; 0 means none.
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0)) or 1.0
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0:
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))  # newer, older key
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor >= 0:
         raise ValueError(f"the rope scaling factor is {_short(factor)}, expected more than 0")
+    factor = factor or 1.0  # 0 means none
     factor = 1.0 if named == "none" else float(factor)
     if ROPE_FACTORS not in file.tensors or kind != "llama":
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}

@@ -152,7 +152,9 @@ def save(
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        values |= ids | {"pad_token_id": tokenizer.pad_id}
+        ids |= {"pad_token_id": tokenizer.pad_id}
+        # torch refuses a model whose padding is outside its table.
+        values |= {k: i if i is not None and i < config.vocab else None for k, i in ids.items()}
     tensors = weights.write(arrays, config, layout)
     _replace(folder / "model.safetensors", lambda file: _save_tensors(tensors, file))
     text = json.dumps({**values, "dtype": "float32"}, indent=2) + "\n"

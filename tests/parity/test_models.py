@@ -9,6 +9,7 @@ import gguf
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -34,12 +35,25 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_FACTORS = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "short_factor": [1.0, 2.0, 4.0],
+    "long_factor": [1.0, 2.0, 4.0],
+    "attention_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
 _GPT2 = {"vocab_size": 53, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}
 CASES = {
     "llama": ("llama", _SIZES),
     "llama-tied": ("llama", {**_SIZES, "tie_word_embeddings": True}),
     "llama-biased": ("llama", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
     "llama-wide-heads": ("llama", {**_SIZES, "head_dim": 10}),
+    "llama-linear": (
+        "llama",
+        {**_SIZES, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+    ),
+    "llama-factors": ("llama", {**_SIZES, "rope_parameters": _FACTORS}),
     "llama-3": ("llama", {**_SIZES, "rope_parameters": _LLAMA3}),
     "mistral": ("mistral", {**_SIZES, "sliding_window": None}),
     "mistral-window": ("mistral", {**_SIZES, "sliding_window": 24}),
@@ -132,6 +146,33 @@ def test_a_tiny_model_gives_the_same_logits(written):
     np.testing.assert_allclose(_logits(pretrained.load(folder), _tokens()), expected, 0, TINY)
 
 
+def test_a_tied_model_whose_file_has_the_head_alone_gives_the_same_logits(tmp_path):
+    model = _torch_model(*CASES["llama-tied"])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+    expected = _torch_logits(_open_torch(tmp_path), _tokens())
+    np.testing.assert_array_equal(expected, _torch_logits(model, _tokens()))
+    np.testing.assert_allclose(_logits(pretrained.load(tmp_path), _tokens()), expected, 0, TINY)
+
+
+def test_rotary_positions_beyond_those_of_training_go_on_as_in_transformers(tmp_path):
+    model = _torch_model("llama", {**_SIZES, "max_position_embeddings": 8})
+    model.save_pretrained(tmp_path)
+    expected = _torch_logits(model, _tokens())
+    np.testing.assert_allclose(_logits(pretrained.load(tmp_path), _tokens()), expected, 0, TINY)
+
+
+def test_up_to_its_window_a_model_is_that_of_transformers_and_nan_beyond(tmp_path):
+    model = _torch_model("mistral", {**_SIZES, "sliding_window": 10})
+    model.save_pretrained(tmp_path)
+    found, expected = _logits(pretrained.load(tmp_path), _tokens()), _torch_logits(model, _tokens())
+    np.testing.assert_allclose(found[:, :10], expected[:, :10], 0, TINY)
+    assert np.isnan(found[:, 10:]).all()
+
+
 def test_scanned_layers_give_the_same_logits(written):
     folder, model = written
     found = pretrained.load(folder, scan=True)
@@ -176,7 +217,7 @@ def test_a_base_model_without_its_head_opens_where_tied(tmp_path):
 # GGUF
 
 
-def _write_gguf(file, model, arch):
+def _write_gguf(file, model, arch, **more):
     """As llama.cpp's converter does, with the names of the `gguf` package's own table."""
     config, kind = model.config, gguf.MODEL_ARCH_NAMES[arch]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -194,6 +235,10 @@ def _write_gguf(file, model, arch):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     _write_vocabulary(writer, config.vocab_size)
+    if "linear" in more:
+        writer.add_key_value("llama.rope.scale_linear", more["linear"], gguf.GGUFValueType.FLOAT32)
+    if "factors" in more:
+        writer.add_tensor("rope_freqs.weight", more["factors"])
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -237,6 +282,36 @@ def test_gguf_gives_the_same_logits(tmp_path, case, arch):
     _write_gguf(tmp_path / "model.gguf", model, arch)
     ours = pretrained.load(tmp_path / "model.gguf")
     np.testing.assert_allclose(_logits(ours, _tokens()), _torch_logits(model, _tokens()), 0, TINY)
+
+
+def test_llama_3s_factors_in_a_gguf_give_the_same_logits(tmp_path):
+    """The divisors that llama.cpp's converter computes, worked from Llama 3's rule once more."""
+    model = _torch_model(*CASES["llama-3"])
+    half = _SIZES["hidden_size"] // _SIZES["num_attention_heads"] // 2
+    factors = []
+    for i in range(half):
+        length = 2 * np.pi * _LLAMA3["rope_theta"] ** (i / half)  # of a wave, in tokens
+        turns = _LLAMA3["original_max_position_embeddings"] / length
+        share = (turns - _LLAMA3["low_freq_factor"]) / (
+            _LLAMA3["high_freq_factor"] - _LLAMA3["low_freq_factor"]
+        )
+        share = min(max(share, 0.0), 1.0)
+        factors.append(1 / ((1 - share) / _LLAMA3["factor"] + share))
+    assert len({round(x, 6) for x in factors}) == half  # plain, between and full
+    path = tmp_path / "a.gguf"
+    _write_gguf(path, model, gguf.MODEL_ARCH.LLAMA, factors=np.array(factors, np.float32))
+    ours, expected = pretrained.load(path), _torch_logits(model, _tokens())
+    np.testing.assert_allclose(_logits(ours, _tokens()), expected, 0, TINY)
+    pretrained.save(tmp_path / "b", ours.params, ours.config, family=ours.family)
+    found = _torch_logits(_open_torch(tmp_path / "b"), _tokens())
+    np.testing.assert_allclose(found, expected, 0, TINY)
+
+
+def test_the_older_linear_scaling_of_a_gguf_gives_the_same_logits(tmp_path):
+    model = _torch_model(*CASES["llama-linear"])
+    _write_gguf(tmp_path / "a.gguf", model, gguf.MODEL_ARCH.LLAMA, linear=4.0)
+    ours, expected = pretrained.load(tmp_path / "a.gguf"), _torch_logits(model, _tokens())
+    np.testing.assert_allclose(_logits(ours, _tokens()), expected, 0, TINY)
 
 
 # SmolLM2

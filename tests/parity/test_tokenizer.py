@@ -273,6 +273,75 @@ def test_folders_open_as_in_transformers(folder):
         assert ours.encode(text) == (bare if begins_with_bos else theirs.encode(text))
 
 
+CONTRADICTIONS = {  # entries of tokenizer_config.json, of special_tokens_map.json, of the tokens
+    "flag-off": ({"add_bos_token": False}, None, {}),
+    "flag-on": ({"add_bos_token": True}, None, {}),
+    "eos-flag": ({"add_eos_token": True}, None, {}),
+    "older-file-wins": ({"eos_token": "<unk>"}, {"eos_token": "</s>"}, {}),
+    "older-file-is-ignored": (
+        {"eos_token": "<unk>", "added_tokens_decoder": {"2": {"content": "</s>", "special": True}}},
+        {"eos_token": "</s>"},
+        {},
+    ),
+    "flags-of-the-configuration": (
+        {"added_tokens_decoder": {"2": {"content": "</s>", "special": True, "lstrip": True}}},
+        None,
+        {},
+    ),
+    "flags-of-the-file": ({}, None, {"</s>": {"rstrip": True}, "<unk>": {"normalized": True}}),
+    "no-special-token": ({}, None, {"<unk>": {"special": False}, "</s>": {"single_word": True}}),
+    "a-token-of-its-own": ({"pad_token": "<pad>", "image_token": "<image>"}, None, {}),
+    "extra": ({"extra_special_tokens": ["<x>", "no"]}, None, {}),
+    "additional": ({"additional_special_tokens": ["<x>", "Say"]}, None, {}),
+    "extra-by-name": ({"extra_special_tokens": {"think_token": "<think>"}}, None, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    trained_like_llama2(["<unk>", "<s>", "</s>"]).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("with_bos", [True, False])
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradicting_folders_open_as_in_transformers(plain_folder, tmp_path, case, with_bos):
+    entries, older, flags = CONTRADICTIONS[case]
+    content = json.loads((plain_folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token.update(flags.get(token["content"], {}))
+    if not with_bos:
+        content["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | entries))
+    if older:
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    ours.save(tmp_path / "again")
+    rereads = (
+        Tokenizer.from_folder(tmp_path / "again"),
+        theirs.__class__.from_pretrained(tmp_path / "again"),
+    )
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.vocab == len(theirs)
+    words = ["<unk>", "</s>", "<pad>", "<x>", "<think>", "<image>", "Say", "no"]
+    for text in make_texts(words, 60):
+        bare = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, bos=False) == bare
+        whole = theirs.encode(text)
+        assert ours.encode(text) == (bare if bare[:1] == [theirs.bos_token_id] else whole)
+        for skip in (False, True):
+            expected = theirs.decode(
+                bare, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+            )
+            assert ours.decode(bare, skip_special=skip) == expected
+        assert rereads[0].encode(text) == ours.encode(text)
+        assert rereads[1].encode(text) == whole
+
+
 def test_templates_of_folders_render_as_in_transformers(folder):
     path, _ = folder
     ours = Tokenizer.from_folder(path)
