@@ -29,9 +29,17 @@ def test_generation_marks_are_passed_through_in_a_scope_of_their_own():
     assert render(template, {}) == "a21"
 
 
-def test_a_template_can_ask_for_the_date():
-    before, after = (datetime.date.today() for _ in range(2))
-    assert render('{{ strftime_now("%Y-%m-%d") }}', {}) in (str(before), str(after))
+def test_a_template_that_asks_for_the_date_is_told_the_one_that_is_set():
+    template = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
+    assert render(template, {}) == "2024-07-26 00:00"
+    assert render(template, {}, date=datetime.date(2031, 2, 3)) == "2031-02-03 00:00"
+    assert render(template, {}) == "2024-07-26 00:00"
+
+
+def test_a_template_has_no_chance():
+    for template in ("{{ [1, 2] | random }}", "{{ lipsum() }}"):
+        with pytest.raises(DataError, match=r"^chat template: .*(random|lipsum)"):
+            render(template, {})
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,16 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from jaxpref.data.files import DataError, TextPair, filter_file, json_lines, read_pairs, rows
+from jaxpref.data.files import (
+    DataError,
+    RowError,
+    TextPair,
+    filter_file,
+    json_lines,
+    read,
+    read_pairs,
+    rows,
+)
 
 ASK = "\n\nHuman: Which bird swims?\n\nAssistant:"
 ROW = {"chosen": f"{ASK} The penguin.", "rejected": f"{ASK} The heron."}
@@ -95,15 +104,41 @@ def test_a_row_without_a_preference_is_an_error_or_left_out(written, row, fault)
         ({"chosen": ASK}, "no column 'rejected', found 'chosen'"),
         (ROW | {"chosen": 3}, "no column 'prompt', and chosen is a int, expected a transcript"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is a int"),
-        (["a"], "expected a JSON object"),
+        (ROW | {"chosen": None}, "no column 'prompt', and chosen is a NoneType"),
     ],
 )
-def test_drop_hides_no_broken_file(written, row, fault):
-    path = written(ROW, row)
+def test_what_one_row_lacks_is_left_out_and_named_and_what_all_lack_ends_it(written, row, fault):
+    path = written(ROW, row, ROW)
+    with pytest.raises(RowError) as caught:
+        read_pairs(path)
+    assert str(caught.value).startswith(f"{path}, line 2: {fault}")
+    found = read(path, bad="drop")
+    assert [pair.row for pair in found.rows] == [0, 2]
+    assert found.faults == [str(caught.value)]
+    path = written(row, row)
+    with pytest.raises(DataError, match="no row is left") as caught:
+        read_pairs(path, bad="drop")
+    assert f"the first: {path}, line 1: {fault}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'["a"]', "expected a JSON object"),
+        (b'{"a": ', "not valid JSON"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": ' + b"7" * 5000 + b"}", "a number of more than 4300 digits"),
+        (b'{"a": ' + b"[" * 100_000, "JSON nested too deeply"),
+    ],
+)
+def test_drop_hides_no_broken_file(written, line, fault):
+    path = written(ROW)
+    path.write_bytes(path.read_bytes() + line + b"\n")
     for bad in ("error", "drop"):
         with pytest.raises(DataError) as caught:
             read_pairs(path, bad=bad)
         assert str(caught.value).startswith(f"{path}, line 2: {fault}")
+        assert not isinstance(caught.value, RowError)
 
 
 def test_drop_that_leaves_nothing_is_an_error_with_the_first_reason(written):
@@ -173,10 +208,10 @@ def test_all_messages_before_the_last_are_the_prompt(written):
 )
 def test_faults_of_conversations(written, more, fault):
     path = written(CHAT, CHAT | more)
-    for bad in ("error", "drop"):
-        with pytest.raises(DataError) as caught:
-            read_pairs(path, bad=bad)
-        assert str(caught.value).startswith(f"{path}, line 2: {fault}")
+    with pytest.raises(RowError) as caught:
+        read_pairs(path)
+    assert str(caught.value).startswith(f"{path}, line 2: {fault}")
+    assert [pair.row for pair in read_pairs(path, bad="drop")] == [0]
 
 
 @pytest.mark.parametrize(

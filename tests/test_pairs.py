@@ -160,8 +160,9 @@ def test_exactly_one_bos_in_each_sequence(plain, with_bos):
 
 def test_messages_go_through_the_chat_template(plain):
     pair, _ = one(TextPair([{"role": "user", "content": "x"}], "c", "d"), plain)
-    assert lists(pair)[0] == [BOS, *ids("x"), TURN, *ids("c")]
+    assert lists(pair) == [[BOS, *ids("x"), TURN, *ids(text), TURN] for text in "cd"]
     assert pair.starts == (3, 3)
+    assert pair.ends == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_hash_changes_with_every_thing_that_a_reference_depends_on(plain):
     encoded, _ = pairs.encode(rows, plain, end=None)
     first = pairs.sha256(encoded)
     assert first == pairs.sha256(pairs.encode(rows, plain, end=None)[0])
-    (chosen, rejected), starts, merged = encoded[0]
+    (chosen, rejected), starts, merged = encoded[0][:3]
     changes = [
         encoded[::-1],
         encoded[:1],

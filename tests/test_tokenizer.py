@@ -327,14 +327,17 @@ def test_special_tokens_keep_the_meaning_that_their_file_gives_them(pieces_folde
         assert size + 2 not in tokenizer.encode("nowords")
 
 
+MESSAGE = {"role": "user", "content": "he"}
+
+
 def test_the_template_file_comes_before_the_configuration(pieces_folder, tmp_path):
     entries = [{"name": "tools", "template": "no"}, {"name": "default", "template": "named"}]
     folder = changed(pieces_folder, tmp_path, chat_template=entries)
-    assert Tokenizer.from_folder(folder).chat([]) == "named"
+    assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "named"
     changed(pieces_folder, tmp_path, chat_template="plain")
-    assert Tokenizer.from_folder(folder).chat([]) == "plain"
+    assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "plain"
     (folder / "chat_template.jinja").write_text("file {{ bos_token }}")
-    assert Tokenizer.from_folder(folder).chat([]) == "file <s>"
+    assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "file <s>"
 
 
 def test_gguf_of_another_kind_is_an_error_that_names_the_known_ones(tmp_path):

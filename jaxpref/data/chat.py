@@ -48,7 +48,7 @@ def render(template: str, variables: Mapping[str, Any], *, date: datetime.date =
     program = compiled(template, date)
     try:
         return program.render(variables)
-    except Exception as error:  # noqa: BLE001 a stranger's program raises what it likes
+    except Exception as error:  # a stranger's program raises what it likes
         raise RowError(f"chat template: {_said(error)}") from None
 
 
@@ -61,7 +61,7 @@ def compiled(template: str, date: datetime.date = DATE) -> jinja2.Template:
     """
     try:
         return _environment(date).from_string(template)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise DataError(f"chat template: {_said(error)}") from None
 
 
@@ -103,7 +103,8 @@ def conversation(
     if not continue_final_message:
         return render(template, values, date=date)
     values["add_generation_prompt"] = False
-    final = joined(said[-1].get("content", ""))
+    content = said[-1].get("content") or ""
+    final = content if isinstance(content, str) else content[-1]["text"]
     said[-1] = extended(said[-1], _OPEN)
     text = render(template, values, date=date)
     place = text.rfind(_OPEN.strip())
@@ -115,6 +116,13 @@ def conversation(
 
 def extended(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     """The message with a text behind its last one.
+
+    Args:
+      message: of a conversation.
+      text: what goes on there.
+
+    Returns:
+      A new message.
 
     >>> extended({"role": "assistant", "content": "a"}, "b")["content"]
     'ab'
@@ -149,6 +157,12 @@ def reads(template: str) -> str:
 
     It is tried on one message of each form: a text that it swallows, or a list that it prints, it
     does not read.
+
+    Args:
+      template: in Jinja.
+
+    Returns:
+      One of the three.
 
     >>> reads("{% for m in messages %}{{ m.content }}{% endfor %}")
     'texts'

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from jaxpref.data import chat
 from jaxpref.data.files import DataError, RowError, TextRow
-from jaxpref.data.rendering import Texts, ends_of, texts_of
+from jaxpref.data.rendering import Ends, Texts, ends_of, texts_of
 from jaxpref.data.tokenizer import Tokenizer, split_ids
 
 TooLong = Literal["error", "drop", "truncate_left"]
@@ -139,6 +139,11 @@ def encode(
 
 
 def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
+    """The id of what closes a response, see `encode`.
+
+    Raises:
+      DataError: the tokenizer has no such token.
+    """
     if end == "eos":
         if tokenizer.eos_id is None:
             raise DataError("end is 'eos', but this tokenizer has none; expected a token or None")
@@ -161,7 +166,9 @@ def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
         raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
     if chats:
         chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
-    ends = ends_of(tokenizer, end_id(end, tokenizer), is_eos=end == "eos", date=date)
+    closing = end_id(end, tokenizer)
+    wanted = bool(chats) or closing is not None
+    ends = ends_of(tokenizer, closing, is_eos=end == "eos", date=date) if wanted else Ends((), ())
     found = {}
     for number, row in enumerate(rows):
         with naming(number):

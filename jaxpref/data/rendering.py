@@ -106,6 +106,9 @@ def texts_of(row: TextRow, tokenizer: Tokenizer, ends: Ends, date: datetime.date
       ends: of `ends_of`.
       date: the day that a template is told.
 
+    Returns:
+      The prompt, and the prompt with each response.
+
     Raises:
       RowError: the template refuses the row, or its rendering of the prompt is no beginning of
         that of the conversation; half a surrogate pair; a response of text that begins with a BOS;
@@ -144,7 +147,7 @@ def _check_texts(row: TextRow, responses: Sequence[Response], tokenizer: Tokeniz
 
 
 def _closed(prompt: str, whole: str, ends: tuple[str, ...]) -> tuple[str, bool]:
-    """The text without white space behind an end token of the response, and whether one is there."""
+    """Whether an end token closes the response, and the text without white space behind it."""
     stripped = whole.rstrip()
     closed = stripped.endswith(ends) and len(stripped) > len(prompt)
     return (stripped, True) if closed else (whole, False)
@@ -199,9 +202,7 @@ def _rendered(
 
 
 def _said(response: Response) -> dict[str, Any]:
-    return (
-        {"role": "assistant", "content": response} if isinstance(response, str) else {**response}
-    )
+    return {"role": "assistant", "content": response} if isinstance(response, str) else {**response}
 
 
 def _with_response(messages: list[Any], response: Response) -> list[Any]:

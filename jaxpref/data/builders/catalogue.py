@@ -4,7 +4,6 @@ Importing this module loads ``tensorflow_datasets`` and makes the builders known
 configuration is one published file and one split, whose rows keep their order.
 """
 
-import csv
 import hashlib
 import os
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxpref.data.builders.sources import SOURCES, Source
-from jaxpref.data.files import DataError, rows
+from jaxpref.data.files import DataError, csv_rows, rows
 
 _TEXT = tfds.features.Text()
 _NUMBER = tfds.features.Scalar(np.float32)  # TFDS stores no float64
@@ -102,9 +101,7 @@ class XSTest(_Published):
     COLUMNS: ClassVar = dict.fromkeys(("id", "prompt", "type", "label", "focus", "note"), _TEXT)
 
     def _rows(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file)):
-                yield f"{path}, row {number}", row
+        return csv_rows(path)
 
 
 class UltrafeedbackBinarized(_Published):

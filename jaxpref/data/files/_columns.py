@@ -232,7 +232,9 @@ def _there(row: Mapping[str, Any]) -> str:
     return f"found {', '.join(map(repr, row))}"
 
 
-def missing(row: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, str | None]) -> None:
+def missing(
+    row: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, str | None]
+) -> None:
     """Refuses a row without these columns, by the file's names of them."""
     for name in names:
         if name not in row:

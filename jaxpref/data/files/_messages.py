@@ -61,6 +61,13 @@ def checked(messages: Messages, name: str = "messages") -> list[dict[str, Any]]:
 
     A content of null is absent, as where an assistant only calls tools.
 
+    Args:
+      messages: objects with ``role`` and ``content``.
+      name: what errors call them.
+
+    Returns:
+      The messages without their nulls.
+
     Raises:
       RowError: any other role or content, by the message's number from 1.
     """

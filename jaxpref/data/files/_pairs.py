@@ -151,7 +151,10 @@ def read(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(map(repr, NEEDS))}")
     if bad not in ("error", "drop"):
         raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
-    for name, known in [*((n, _columns.NAMES) for n in columns), *((n, NEEDS[kind]) for n in needs)]:
+    for name, known in [
+        *((n, _columns.NAMES) for n in columns),
+        *((n, NEEDS[kind]) for n in needs),
+    ]:
         if name not in known:
             what = "needs" if known is NEEDS[kind] else "columns"
             raise ValueError(f"{what} names {name!r}, expected some of {', '.join(known)}")
@@ -335,9 +338,7 @@ def _last_messages(row: Mapping[str, Any]) -> dict[str, Any]:
     *prompt, chosen = row["chosen"]
     *other, rejected = row["rejected"]
     if prompt != other:
-        raise RowError(
-            "chosen and rejected differ before their last message, expected one prompt"
-        )
+        raise RowError("chosen and rejected differ before their last message, expected one prompt")
     if not prompt:
         raise RowError(f"no column 'prompt', {expected} and begins with its prompt")
     given = row["prompt"]

@@ -132,7 +132,7 @@ def records(path: Path) -> Iterator[tuple[bytes, list[str]]]:
 
     if csv.field_size_limit() < sys.maxsize:
         csv.field_size_limit(sys.maxsize)  # of the process: no text is too long to be read
-    delimiter = DELIMITERS[kind(path)]
+    delimiter = DELIMITERS.get(kind(path), ",")
     found = csv.reader(texts(), delimiter=delimiter, strict=True)
     try:
         for record in found:
