@@ -359,7 +359,7 @@ def command(
     )
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
-    with line.one_line(experiment):
+    with line.one_line(experiment, again="--resume goes on"):
         finite(settings)
         made_of = hashes(settings)
         run_folder = runs.create(

@@ -51,7 +51,7 @@ ROWS = [
 ]
 TABLE = [{"prompt": f"Q{i}?", "chosen": f" a{i}", "rejected": f" b{i} b"} for i in range(4)]
 STATEMENTS = [{"statement": f"I keep word {i}.", "matches": i % 2 == 0} for i in range(4)]
-PROMPTS = [{"prompt": f"Do {i}.", "label": ("safe", "unsafe")[i % 2]} for i in range(6)]
+PROMPTS = [{"prompt": f"Do {i}.", "label": ("safe", "unsafe")[i % 2]} for i in range(14)]
 
 
 @pytest.fixture(scope="module")

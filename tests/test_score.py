@@ -313,7 +313,7 @@ def test_an_interrupt_is_no_traceback(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         command()
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "score: interrupted\n"
+    assert capsys.readouterr().err == "score: interrupted; the same command goes on\n"
 
 
 def test_the_lowest_scores_are_kept_in_their_order():

@@ -92,7 +92,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"no_vs_never: unknown {' '.join(unknown)}, expected what {program} --help lists")
     config = options.config
-    with command.one_line("no_vs_never"):
+    with command.one_line("no_vs_never", again="--resume goes on"):
         common.finite(config)
         common.at_least(1, options, "workers")
         _validate(config)

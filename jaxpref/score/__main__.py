@@ -198,7 +198,7 @@ def _write(out: Path, columns: dict[str, np.ndarray], about: Mapping[str, Any]) 
 
 def run() -> None:
     """The command line."""
-    with command.one_line("score"):
+    with command.one_line("score", again="the same command goes on"):
         main(tyro.cli(Options, prog="python -m jaxpref.score", description=__doc__))
 
 

@@ -22,21 +22,21 @@ _CAUSED = (
 
 
 @contextlib.contextmanager
-def one_line(program: str) -> Iterator[None]:
+def one_line(program: str, *, again: str = "") -> Iterator[None]:
     r"""Ends the program with one line for an error that its user can cause.
 
     Anything else is a fault of this library and keeps its traceback. Ctrl-C ends with status 130,
     as shells expect.
 
     >>> with one_line("demo"):
-    ...     raise ValueError("keep: got 2,\\n expected less")
+    ...     raise ValueError("keep: got 2,\n expected less")
     Traceback (most recent call last):
     SystemExit: demo: keep: got 2, expected less
     """
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted{again and f'; {again}'}", file=sys.stderr)
         sys.exit(130)
     except _CAUSED as error:
         said = " ".join(str(error).split()) or type(error).__name__
