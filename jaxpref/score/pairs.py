@@ -241,7 +241,7 @@ def _kept(file: Path | None, make: Callable[[], dict[str, np.ndarray]]) -> dict[
         np.savez(content, allow_pickle=False, **make())
         _write(file, content.getvalue())
     try:
-        with np.load(file) as kept:
+        with file.open("rb") as stream, np.load(stream) as kept:
             return dict(kept)
     except Exception as error:  # of numpy and zipfile, which raise what they meet
         raise DataError(f"{file}: damaged ({error}); delete it to score it again") from None
