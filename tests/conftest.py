@@ -66,14 +66,14 @@ def small_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a random Llama of two layers and a small vocabulary."""
+    """A folder with a random Llama of one layer and a small vocabulary."""
     import jax
     from flax import nnx
 
     from jaxpref.models import decoder, pretrained
 
     tokenizer = small_tokenizer()
-    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
+    sizes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
     config = decoder.DecoderConfig(vocab=tokenizer.vocab, **sizes)
     _, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0)))
     # The words must differ in probability: their unembeddings get norms of about 2.4.

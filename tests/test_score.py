@@ -277,7 +277,7 @@ def test_the_command_names_faults(command, capsys):
         (("--columns", "good"), "columns: got 'good', expected NAME=COLUMN"),
         (("--columns", "chosen=good"), "line 1: no column 'good' for chosen"),
         (("--bad", "skip", "--end", "<nothing>"), "end is '<nothing>', expected"),
-        (("--model", "."), "config.json: no such file"),
+        (("--bad", "skip", "--model", "."), "config.json: no such file"),
     ):
         with pytest.raises(SystemExit, match=message) as ended:
             command(*flags)
