@@ -48,7 +48,8 @@ def small_tokenizer():
 
     texts = [text for pair in preferences.load() for text in pair[:3]]
     texts += [row.question for row in statements.load()] + [row.text for row in prompts.load()]
-    texts += [text for pair in sentiment.pairs("long", 200, seed=0) for text in pair[:3]]
+    for kind in ("short", "long"):
+        texts += [text for pair in sentiment.pairs(kind, 200, seed=0) for text in pair[:3]]
     texts += [space + word for word in ANSWERS for space in ("", " ")] * 50
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
