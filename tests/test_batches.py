@@ -67,6 +67,19 @@ def test_collate_refuses_what_it_cannot_do():
         batches.collate(PAIRS, [], pad_id=0)
 
 
+def test_rows_of_one_or_of_several_responses_are_batches_too():
+    single = TokenPair((np.array([5, 6]),), (1,), (False,), (0,))
+    several = TokenPair(tuple(np.array([5, 6, i]) for i in range(3)), (2,) * 3, (False,) * 3)
+    batch = batches.collate([single, single], [0, 1], pad_id=0)
+    np.testing.assert_array_equal(batch.tokens, [[[5, 6]]] * 2)
+    batch = batches.collate([several], [0], pad_id=0, reference=np.ones((1, 3)))
+    np.testing.assert_array_equal(batch.tokens, [[[5, 6, 0], [5, 6, 1], [5, 6, 2]]])
+    np.testing.assert_array_equal(batch.is_response, [[[0, 0, 1]] * 3])
+    assert batch.reference.shape == (1, 3)
+    with pytest.raises(ValueError, match="rows of 1 and of 3 responses, expected rows of one num"):
+        batches.collate([single, several], [0, 1], pad_id=0)
+
+
 def test_an_epoch_shows_each_row_once_and_the_next_one_in_another_order():
     epochs = [
         np.concatenate([batches.order(12, 3, 7, 4 * epoch + step) for step in range(4)])

@@ -135,7 +135,7 @@ def test_named_sets_are_read_like_files(saved, tmp_path, monkeypatch):
             default.symlink_to(places["manual_dir"])
     pairs = read_pairs("tfds:hh_rlhf_harmless/test")
     assert pairs[7][:3] == (ASK, " The penguin, 7.", " The heron, 7.")
-    assert pairs[7][3:] == ("tfds:hh_rlhf_harmless/test, row 7", 7)
+    assert pairs[7][3:5] == ("tfds:hh_rlhf_harmless/test, row 7", 7)
     pairs = read_pairs("tfds:ultrafeedback_binarized/train_prefs")
     assert pairs[1][:3] == ([USER] * 3, "The penguin.", "The heron.")
     said = statements.load("tfds:persona/ends-justify-means")

@@ -4,8 +4,8 @@ import datetime
 
 import pytest
 
-from jaxpref.data.chat import render
-from jaxpref.data.files import DataError
+from jaxpref.data.chat import conversation, render
+from jaxpref.data.files import DataError, RowError
 
 
 def test_block_lines_leave_no_trace():
@@ -54,3 +54,24 @@ def test_a_template_has_no_chance():
 def test_refusals_broken_templates_and_escapes_are_errors(template, fault):
     with pytest.raises(DataError, match=f"^chat template: .*({fault})"):
         render(template, {"messages": []})
+
+
+def said(template, message, **options):
+    return conversation(template, [{"role": "assistant", **message}], {}, **options)
+
+
+def test_a_message_that_goes_on_opens_no_other():
+    template = "{{ '>' if add_generation_prompt }}{{ messages[0].content }}."
+    assert said(template, {"content": "so "}) == ">so ."
+    assert said(template, {"content": "so "}, continue_final_message=True) == "so "
+    with pytest.raises(RowError, match="the last message has no text that could be continued"):
+        said(template, {"content": None}, continue_final_message=True)
+    with pytest.raises(RowError, match="the text of the last message, to be continued, is not the"):
+        said("{{ messages[0].role }}", {"content": "so"}, continue_final_message=True)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_the_names_that_templates_know(name):
+    template = "{{ messages[0].reasoning_content }}{{ messages[0].thinking }}"
+    assert said(template, {"content": "", name: "hm"}) == "hmhm"
+    assert said(template, {"content": "", name: None}) == ""

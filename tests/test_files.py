@@ -244,12 +244,12 @@ def stored(tmp_path):
 
 @pytest.mark.parametrize("row", [ROW, {"prompt": "x", **ROW}, CHAT, CHAT | {"prompt": "x"}])
 def test_parquet_reads_like_json_lines(written, stored, row):
-    found = [row] * 2500  # more than are read at a time
+    found = [row] * 1100  # more than are read at a time
     path = stored(*found)
     pairs = read_pairs(path)
     assert [pair[:3] for pair in pairs] == [pair[:3] for pair in read_pairs(written(*found))]
-    assert [pair.row for pair in pairs] == list(range(2500))
-    assert pairs[-1].place == f"{path}, row 2499"
+    assert [pair.row for pair in pairs] == list(range(1100))
+    assert pairs[-1].place == f"{path}, row 1099"
 
 
 def test_faults_in_parquet_name_file_and_row(stored):
@@ -272,6 +272,11 @@ def test_broken_parquet_is_named(stored, tmp_path):
         assert "\n" not in str(caught.value)
     path.write_bytes(whole[:4] + bytes(40) + whole[44:])  # within the first column
     with pytest.raises(DataError, match=r"rows.parquet, after row 0: "):
+        read_pairs(path)
+    with pytest.raises(DataError, match=r"rows.parquet, after row 0: "):
+        filter_file(path, [0], tmp_path / "part.parquet")
+    path.write_bytes(whole.replace(b"chosen", b"chose\xff"))
+    with pytest.raises(DataError, match=r"rows.parquet: not a whole Parquet file"):
         read_pairs(path)
     parquet.write_table(pyarrow.table({"chosen": pyarrow.array([], "string")}), path)
     with pytest.raises(DataError, match=r"rows.parquet: the file is empty"):

@@ -38,6 +38,8 @@ def test_a_table_as_xstest_comes_and_json_lines_say_the_same(tmp_path):
         ("a.csv", "prompt,label\nHi,unknown\n", "row 0: label is 'unknown', expected 'safe' or"),
         ("a.csv", "text,label\nHi,safe\n", "row 0: prompt is None, expected a text"),
         ("a.jsonl", '{"prompt": " ", "label": "safe"}\n', "line 1: prompt is ' ', expected"),
+        ("a.jsonl", '{"prompt": "\\ud800", "label": "safe"}\n', "line 1: prompt: half a surrogate"),
+        ("a.csv", "prompt,label\nq\n", "row 0: 1 texts, expected the 2 of the header"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):

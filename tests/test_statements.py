@@ -71,6 +71,8 @@ def test_persona_format_gives_the_same_records(written):
         ({"matches": True}, "statement is None, expected a text"),
         (PERSONA | {"answer_matching_behavior": "Yes"}, "is 'Yes', expected ' Yes' or ' No'"),
         (PERSONA | {"question": 3}, "question is 3, expected a text"),
+        (PERSONA | {"statement": 3}, "statement is 3, expected a text"),
+        ({"statement": "I \ud83d", "matches": True}, "statement: half a surrogate pair, '\\ud83d'"),
     ],
 )
 def test_errors_name_file_line_and_fault(written, row, fault):

@@ -16,6 +16,8 @@ Last = Literal["drop", "short"]
 class Batch(NamedTuple):
     """Pairs as arrays for a training step, chosen first.
 
+    The second axis is of a row's responses: two of a pair, one of a single example, n of a list.
+
     Attributes:
       tokens: token ids; padding holds the padding id.
       is_token: False on padding.
@@ -24,10 +26,10 @@ class Batch(NamedTuple):
       index: row of the data set.
     """
 
-    tokens: Int[Array | np.ndarray, "pairs 2 time"]
-    is_token: Bool[Array | np.ndarray, "pairs 2 time"]
-    is_response: Bool[Array | np.ndarray, "pairs 2 time"]
-    reference: Float[Array | np.ndarray, "pairs 2"] | None
+    tokens: Int[Array | np.ndarray, "pairs responses time"]
+    is_token: Bool[Array | np.ndarray, "pairs responses time"]
+    is_response: Bool[Array | np.ndarray, "pairs responses time"]
+    reference: Float[Array | np.ndarray, "pairs responses"] | None
     index: Int[Array | np.ndarray, " pairs"]
 
 
@@ -101,12 +103,12 @@ def collate(
     pad_id: int,
     side: Literal["left", "right"] = "right",
     buckets: Sequence[int] | None = None,
-    reference: Float[np.ndarray, "rows 2"] | None = None,
+    reference: Float[np.ndarray, "rows responses"] | None = None,
 ) -> Batch:
     """The rows ``index`` of a data set as one padded batch.
 
     Args:
-      pairs: the whole data set.
+      pairs: the whole data set, of `jaxpref.data.pairs.encode`.
       index: rows to take.
       pad_id: what fills padding; it is masked, and changes no result.
       side: where padding goes.
@@ -118,15 +120,20 @@ def collate(
       The batch as NumPy arrays.
 
     Raises:
-      ValueError: another ``side``, no row, or a sequence longer than every bucket.
+      ValueError: another ``side``, no row, rows of different numbers of responses, or a sequence
+        longer than every bucket.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side is {side!r}, expected 'left' or 'right'")
     rows = np.asarray(index, np.int32)
     if rows.size == 0:
         raise ValueError("index is empty, expected at least one row")
+    responses = {len(pairs[row].tokens) for row in rows}
+    if len(responses) > 1:
+        found = f"rows of {min(responses)} and of {max(responses)} responses"
+        raise ValueError(f"index takes {found}, expected rows of one number")
     time = _padded(max(len(t) for row in rows for t in pairs[row].tokens), buckets)
-    tokens = np.full((len(rows), 2, time), pad_id, np.int32)
+    tokens = np.full((len(rows), responses.pop(), time), pad_id, np.int32)
     is_token = np.zeros(tokens.shape, bool)
     is_response = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):

@@ -171,9 +171,10 @@ def reads(template: str) -> str:
       DataError: the template is broken.
     """
     word = "Aardvark"
+    known = dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], "")
 
     def shows(content: Any) -> bool:
-        values = {"messages": [{"role": "user", "content": content}], "add_generation_prompt": True}
+        values = {"messages": [{"role": "user", "content": content}], "tools": None, **known}
         try:
             text = render(template, values)
         except RowError:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxpref.data import chat
-from jaxpref.data.files import DataError, RowError, TextRow
+from jaxpref.data.files import DataError, RowError, TextPair, TextRow
 from jaxpref.data.rendering import Ends, Texts, ends_of, texts_of
 from jaxpref.data.tokenizer import Tokenizer, split_ids
 
@@ -103,7 +103,7 @@ def encode(
         raise ValueError(f"too_long is {too_long!r}, expected {expected}")
     if bad not in ("error", "drop"):
         raise ValueError(f"bad is {bad!r}, expected 'error' or 'drop'")
-    faults: list[str] = []
+    faults: dict[int, str] = {}
 
     @contextlib.contextmanager
     def naming(number: int) -> Iterator[None]:
@@ -113,7 +113,7 @@ def encode(
             text = f"{rows[number].place or f'row {number}'}: {error}"
             if bad == "error":
                 raise RowError(text) from None
-            faults.append(text)
+            faults[number] = text
 
     texts = _texts(rows, tokenizer, end, date, naming)
     closing = end_id(end, tokenizer)
@@ -121,6 +121,10 @@ def encode(
     for number, (one, ids) in _with_ids(texts, tokenizer).items():
         with naming(number):
             pair = _token_pair(one, ids, closing)._replace(index=number)
+            if isinstance(rows[number], TextPair) and np.array_equal(
+                pair.tokens[0], pair.tokens[1]
+            ):
+                raise RowError("chosen and rejected have the same token ids")
             excess = _excess(pair, prompt_limit, limit)
             if excess > 0 and too_long == "error":
                 limits = f"prompt_limit={prompt_limit}, limit={limit}"
@@ -132,10 +136,11 @@ def encode(
                 pair = _without_first(pair, excess, tokenizer)
                 truncated += 1
             pairs.append(pair)
-    if faults and not pairs:
-        raise DataError(f"no row is left with bad='drop'; the first: {faults[0]}")
+    named = tuple(faults[number] for number in sorted(faults))
+    if named and not pairs:
+        raise DataError(f"no row is left with bad='drop'; the first: {named[0]}")
     merged = sum(sum(pair.merged) for pair in pairs)
-    return pairs, Counts(len(pairs), dropped, truncated, merged, tuple(faults))
+    return pairs, Counts(len(pairs), dropped, truncated, merged, named)
 
 
 def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
@@ -192,8 +197,6 @@ def _with_ids(
 def _token_pair(texts: Texts, ids: list[list[int]], end: int | None) -> TokenPair:
     prompt, *wholes = ids
     splits = [split_ids(whole, prompt) for whole in wholes]
-    if len(wholes) == 2 and wholes[0] == wholes[1]:
-        raise RowError("chosen and rejected have the same token ids")
     tokens, ends = [], []
     for split, closed in zip(splits, texts.closed, strict=True):
         adds = end is not None and not closed and split.tokens[-1] != end

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxpref.data.files import Found, RowError, each, rows
+from jaxpref.data.files import Found, RowError, check_text, each, rows
 
 _SHIPPED = Path(__file__).with_name("prompts.jsonl")
 
@@ -60,6 +60,7 @@ def _prompt(row: Mapping[str, Any]) -> Prompt:
     text, label = row.get("prompt"), row.get("label")
     if not isinstance(text, str) or not text.strip():
         raise RowError(f"prompt is {text!r}, expected a text")
+    check_text(text, "prompt")
     if label not in ("safe", "unsafe"):
         raise RowError(f"label is {label!r}, expected 'safe' or 'unsafe'")
     return Prompt(text.strip(), label == "unsafe")

@@ -12,9 +12,10 @@ from jaxpref.data.files import (
     TextExample,
     TextList,
     TextRow,
+    check_text,
     joined,
 )
-from jaxpref.data.tokenizer import Tokenizer, check_text
+from jaxpref.data.tokenizer import Tokenizer
 
 # What `Tokenizer.chat` and transformers' `apply_chat_template` take for themselves.
 _RESERVED = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jaxpref.data.files import Found, RowError, each, rows
+from jaxpref.data.files import Found, RowError, check_text, each, rows
 
 _SHIPPED = Path(__file__).with_name("statements.jsonl")
 
@@ -70,7 +70,8 @@ def _statement(row: Mapping[str, Any]) -> Statement:
         if answer not in (" Yes", " No"):
             column = "answer_matching_behavior"
             raise RowError(f"{column} is {answer!r}, expected ' Yes' or ' No'")
-        said = row.get("statement") or asked.split("\n", 1)[-1].strip('"')
+        said = asked.split("\n", 1)[-1].strip('"')
+        said = _text(row, "statement") if row.get("statement") else said
         return Statement(said, asked, answer)
     matches = row.get("matches")
     if not isinstance(matches, bool):
@@ -84,4 +85,5 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{column} is {value!r}, expected a text")
+    check_text(value, column)
     return value

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from jaxpref.data import chat, vocabulary
-from jaxpref.data.files import DataError, RowError
+from jaxpref.data.files import DataError, check_text
 
 
 class Split(NamedTuple):
@@ -204,21 +204,6 @@ class Tokenizer:
         backend.save(str(folder / "tokenizer.json"))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def check_text(text: str) -> None:
-    r"""Refuses half of a surrogate pair, which JSON can write and no text holds.
-
-    >>> check_text("\N{GRINNING FACE}")
-
-    Raises:
-      RowError: the text has no UTF-8; the message says where.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"{text[error.start]!a} at character {error.start}"
-        raise RowError(f"text: half a surrogate pair, {half}, expected whole characters") from None
 
 
 def split_ids(whole: Sequence[int], prompt: Sequence[int]) -> Split:

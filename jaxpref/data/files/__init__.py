@@ -21,6 +21,7 @@ from jaxpref.data.files._pairs import read as read
 from jaxpref.data.files._pairs import read_pairs as read_pairs
 from jaxpref.data.files._rows import DataError as DataError
 from jaxpref.data.files._rows import RowError as RowError
+from jaxpref.data.files._rows import check_text as check_text
 from jaxpref.data.files._rows import csv_rows as csv_rows
 from jaxpref.data.files._rows import json_lines as json_lines
 from jaxpref.data.files._rows import rows as rows

@@ -12,6 +12,7 @@ from jaxpref.data.files._rows import (
     PARQUET,
     TFDS,
     DataError,
+    broken,
     existing,
     is_array,
     kind,
@@ -132,7 +133,8 @@ def _write_parquet(path: Path, kept: set[int], out: Path) -> int:
             out, source.schema_arrow, compression=codec.replace("UNCOMPRESSED", "NONE")
         ) as writer:
             for group in range(groups):
-                table = source.read_row_group(group)
+                with broken(f"{path}, after row {number}"):
+                    table = source.read_row_group(group)
                 mask = [number + row in kept for row in range(table.num_rows)]
                 if any(mask):
                     writer.write_table(table.filter(pyarrow.array(mask)))

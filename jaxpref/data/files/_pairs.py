@@ -171,7 +171,8 @@ def read(
             faults.append(f"{place}: {fault}")
     for ours, name in columns.items():
         if name is not None and name not in seen:
-            raise DataError(f"no row has the column {name!r} that columns gives for {ours!r}")
+            where = f"{source}: " if isinstance(source, str | Path) else ""
+            raise DataError(f"{where}no row has the column {name!r}, given for {ours!r}")
     if not found:
         first = f"; the first: {faults[0]}" if faults else ""
         raise DataError(f"no row is left with bad='drop'{first}")

@@ -1,5 +1,6 @@
 """The rows of a file, whatever its format."""
 
+import contextlib
 import csv
 import gzip
 import importlib
@@ -26,6 +27,25 @@ class DataError(ValueError):
 
 class RowError(DataError):
     """What one row alone causes: it can be left out, counted and named, and the rest is read."""
+
+
+def check_text(text: str, name: str = "text") -> None:
+    r"""Refuses half of a surrogate pair, which JSON can write and no text holds.
+
+    >>> check_text("\N{GRINNING FACE}")
+
+    Args:
+      text: any.
+      name: what errors call it.
+
+    Raises:
+      RowError: the text has no UTF-8; the message says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!a} at character {error.start}"
+        raise RowError(f"{name}: half a surrogate pair, {half}, expected whole signs") from None
 
 
 def kind(path: str | Path) -> str:
@@ -145,9 +165,9 @@ def records(path: Path) -> Iterator[tuple[bytes, list[str]]]:
 
 def twice(names: Iterable[str], path: Path) -> None:
     """Refuses a table with two columns of one name: either could be meant."""
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise DataError(f"{path}: {count} columns are named {name!r}, expected one")
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise DataError(f"{path}: {count} columns are named {name!r}, expected one")
 
 
 def existing(path: str | Path) -> Path:
@@ -179,9 +199,12 @@ def parquet(path: Path) -> Any:
     pyarrow = needed("pyarrow", f"{path}: to read Parquet", "pyarrow")
     reader = importlib.import_module("pyarrow.parquet")
     try:
-        return reader.ParquetFile(existing(path))
-    except (pyarrow.ArrowException, OSError) as error:
+        file = reader.ParquetFile(existing(path))
+        names = file.schema_arrow.names
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a whole Parquet file ({_one_line(error)})") from None
+    twice(names, path)
+    return file
 
 
 def needed(module: str, purpose: str, packages: str) -> Any:
@@ -192,19 +215,30 @@ def needed(module: str, purpose: str, packages: str) -> Any:
         raise DataError(f"{purpose}, run: pip install {packages} ({_one_line(error)})") from None
 
 
+@contextlib.contextmanager
+def broken(place: str) -> Iterator[None]:
+    """Names what a broken page or name of Parquet raises, and a date that Python has not."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:  # Arrow's are ValueErrors
+        raise DataError(f"{place}: {_one_line(error)}") from None
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     with parquet(path) as file:
-        if file.schema_arrow.names:
-            twice(file.schema_arrow.names, path)
-        try:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield f"{path}, row {number}", row
-                    number += 1
-        except (OSError, ValueError, OverflowError, RuntimeError) as error:
-            # A broken page is found late, and so is a date that Python has not.
-            raise DataError(f"{path}, after row {number}: {_one_line(error)}") from None
+        batches = file.iter_batches(batch_size=1024)
+        while True:
+            with broken(f"{path}, after row {number}"):
+                batch = next(batches, None)
+                found = [] if batch is None else batch.to_pylist()
+            if batch is None:
+                break
+            for row in found:
+                yield f"{path}, row {number}", row
+                number += 1
     if number == 0:
         raise DataError(f"{path}: the file is empty")
 
