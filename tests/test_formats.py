@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpref.data.gguf_file import Gguf, Tensor, read_tensor
+from jaxpref.data.gguf_vocabulary import CUTS
 from jaxpref.data.pieces import PIECES
-from jaxpref.data.vocabulary import _CUTS
 from jaxpref.models.families import FAMILIES
 from jaxpref.models.headers import ARCHITECTURES
 
@@ -33,7 +33,7 @@ def test_the_families_and_kinds_of_the_table_are_those_that_are_read():
     assert set(words(0)) == set(FAMILIES)
     assert words(1) == list(ARCHITECTURES)
     kinds = column(2)
-    assert [kind[1] for kind in kinds[:-1]] == list(_CUTS)
+    assert [kind[1] for kind in kinds[:-1]] == list(CUTS)
     assert {kind[0] for kind in kinds[:-1]} == {"gpt2"}
     assert kinds[-1] == [PIECES]
 

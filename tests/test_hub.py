@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import types
 
+import numpy as np
 import pytest
 from test_pretrained import CONFIG, make_params, same, write_folder
 
+from experiments import common
 from jaxpref.data import hub
 from jaxpref.data.files import DataError
 from jaxpref.models import pretrained
@@ -157,3 +160,11 @@ def test_a_data_set_without_parquet_files_is_read_from_the_hubs_conversion(cache
     keep(cache, "dataset", "org/lines", SECOND, converted, "refs/convert/parquet")
     found, commit = hub.parquet("org/lines")
     assert (found[0].name, commit) == ("0000.parquet", SECOND)
+
+
+def test_the_commit_is_part_of_a_runs_provenance():
+    params, problem = {"w": np.zeros(2, np.float32)}, types.SimpleNamespace(digest="d")
+    local = common.hashes(common.Subject(None, params, None), problem)
+    named = common.hashes(common.Subject(None, params, None, FIRST), problem)
+    assert set(local) == {"model", "data"}
+    assert named == {**local, "model_revision": FIRST}

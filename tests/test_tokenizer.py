@@ -299,6 +299,7 @@ def test_special_tokens_may_stand_in_the_older_file(pieces_folder, tmp_path):
 
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+WORD = {**FLAGS, "normalized": False, "single_word": True}
 STRIPPED = {**FLAGS, "normalized": False, "lstrip": True, "rstrip": True}
 
 
@@ -309,7 +310,7 @@ def test_special_tokens_keep_the_meaning_that_their_file_gives_them(pieces_folde
     added += [
         {"id": size, "content": "<turn>", "special": True, **STRIPPED},
         {"id": size + 1, "content": "<call>", "special": False, **FLAGS},
-        {"id": size + 2, "content": "word", "special": False, **FLAGS, "single_word": True},
+        {"id": size + 2, "content": "word", "special": False, **WORD},
     ]
     rewritten(folder, added_tokens=added)
     first = Tokenizer.from_folder(folder)

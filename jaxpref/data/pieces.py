@@ -29,6 +29,9 @@ def pieces(
         scores: Of each; higher merges first.
         unknown: The token for what has neither a piece nor bytes.
         prefix: Whether a text begins with a space that is not its own.
+
+    Returns:
+        A backend for `jaxpref.data.tokenizer.Tokenizer`.
     """
     ids = {token: i for i, token in enumerate(tokens)}
     model = models.BPE(
@@ -49,6 +52,13 @@ def pieces(
 
 def merges(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
     """All cuts of a piece into two others, the piece of the highest score first.
+
+    Args:
+        tokens: The pieces.
+        scores: Of each.
+
+    Returns:
+        Pairs of pieces, as a BPE wants its merges.
 
     >>> merges(["a", "b", "ab", "aba"], [0.0, 0.0, -2.0, -1.0])
     [('ab', 'a'), ('a', 'b')]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
-from jaxpref.data import chat, vocabulary
+from jaxpref.data import chat, gguf_vocabulary, vocabulary
 from jaxpref.data.files import DataError, check_text
 
 
@@ -50,8 +50,8 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer inside a GGUF file; see `vocabulary.from_gguf` for kinds and errors."""
-        return cls(*vocabulary.from_gguf(path))
+        """The tokenizer inside a GGUF file; its kinds: `gguf_vocabulary.from_gguf`."""
+        return cls(*gguf_vocabulary.from_gguf(path))
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":

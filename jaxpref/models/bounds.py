@@ -28,7 +28,10 @@ class Bounds(NamedTuple):
     longest: int | None = None
 
 
-def fault(bounds: Bounds, text: Sequence[int] | Int[np.ndarray, " time"]) -> str | None:
+Text = Sequence[int] | Int[np.ndarray, " time"]
+
+
+def fault(bounds: Bounds, text: Text) -> str | None:
     """What a model cannot read in a text, if anything.
 
     Args:
@@ -52,16 +55,13 @@ def fault(bounds: Bounds, text: Sequence[int] | Int[np.ndarray, " time"]) -> str
             f"a text of {ids.size} tokens, expected at most {longest + 1}: this model knows "
             f"{longest} positions"
         )
-    unknown = ids[(ids < 0) | (ids >= vocab)] if vocab is not None else ids[:0]
-    if unknown.size:
-        why = ": the model's table has fewer rows than its tokenizer has tokens"
-        return f"token id {unknown[0]}, expected 0 to {vocab - 1}{why if unknown[0] > 0 else ''}"
-    return None
+    if vocab is None or not (unknown := ids[(ids < 0) | (ids >= vocab)]).size:
+        return None
+    why = ": the model's table has fewer rows than its tokenizer has tokens"
+    return f"token id {unknown[0]}, expected 0 to {vocab - 1}{why if unknown[0] > 0 else ''}"
 
 
-def check(
-    bounds: Bounds, texts: Iterable[Sequence[int]], places: Sequence[str] | None = None
-) -> None:
+def check(bounds: Bounds, texts: Iterable[Text], places: Sequence[str] | None = None) -> None:
     """Refuses texts that a model cannot read, before any is.
 
     Args:

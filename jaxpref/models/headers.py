@@ -129,8 +129,9 @@ def _check_rest(own: Mapping[str, Any], kind: str, values: Mapping[str, Any]) ->
 
 def _head_width(values: Mapping[str, Any]) -> Any:
     width, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    whole = isinstance(width, int) and isinstance(heads, int) and heads > 0
-    return width // heads if whole else None
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        return width // heads
+    return None
 
 
 def _scaling(own: Mapping[str, Any], file: Gguf, kind: str) -> dict[str, Any] | None:

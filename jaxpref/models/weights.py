@@ -171,6 +171,10 @@ def write(arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layou
 def check_layers(source: Source, config: DecoderConfig) -> None:
     """Refuses a configuration of more layers than a file has tensors, before any is built.
 
+    Args:
+      source: the tensors on disk.
+      config: of the decoder that they should belong to.
+
     Raises:
       PretrainedError: there are more.
     """
