@@ -30,7 +30,7 @@ def command(lab, config, cwd):
 
 @contextlib.contextmanager
 def compiled_once(module):
-    """Its `programs` depend on nothing but the settings and the shapes: runs of a file share them."""
+    """Its `programs` depend on settings and shapes alone: the runs of a file share them."""
     kept, make = {}, module.programs
 
     def programs(*arguments):

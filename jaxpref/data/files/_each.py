@@ -1,4 +1,4 @@
-"""Rows of a file, one by one, as something else than responses: bad rows are what they are there."""
+"""Rows of a file, one by one, as what they are: the rule of bad rows is that of pairs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
