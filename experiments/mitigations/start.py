@@ -111,16 +111,16 @@ def begin(config: Config, subject, problem, run: Programs) -> Start:
         problem, subject.params, optax.adam(config.supervised_rate),
         steps=config.supervised, batch=config.batch, seed=0,
     )  # fmt: skip
-    needed = sorted(
-        {int(i) for seed in range(config.seeds) for i in rows_of(config, problem, seed)}
-    )
     reference = mask = words = None
-    for i in needed:
-        found = [np.asarray(x)[0] for x in run.tokens(params, problem.rows([i]))]
-        if reference is None:
-            shapes = [np.zeros((len(problem), *x.shape), x.dtype) for x in found]
-            reference, mask, words = shapes
-        reference[i], mask[i], words[i] = found  # pyright: ignore[reportOptionalSubscript]
+    for seed in range(config.seeds):
+        rows = rows_of(config, problem, seed)
+        # In the batches of the looks: through one program, the first differences are exactly zero.
+        for index in rows.reshape(-1, config.batch):
+            found = [np.asarray(x) for x in run.tokens(params, problem.rows(index))]
+            if reference is None:
+                shapes = [np.zeros((len(problem), *x.shape[1:]), x.dtype) for x in found]
+                reference, mask, words = shapes
+            reference[index], mask[index], words[index] = found  # pyright: ignore[reportOptionalSubscript]
     contrast = mitigations.contrast_mask(words, mask)  # pyright: ignore[reportArgumentType]
     return Start(problem, params, reference, mask, contrast)  # pyright: ignore[reportArgumentType]
 
