@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 
 from jaxpref.losses import __main__ as catalogue
+from jaxpref.score.command import one_line
 
 HEADER = f"{'loss':<36} {'ms':>8} {'(min..max)':>17} {'of DPO':>7}  compiled in s  why"
 ROW = "{:<36} {:8.1f} {:8.1f}..{:7.1f} {:7.2f} {:14.2f}  {}"
@@ -187,4 +188,5 @@ def _seconds(program: Callable, *arrays: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with one_line("losses"):
+        main(tyro.cli(Config))

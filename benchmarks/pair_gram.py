@@ -31,6 +31,7 @@ import tyro
 
 from benchmarks import frameworks
 from benchmarks.frameworks import Measured, Model, Running, Size, ratios
+from jaxpref.score.command import one_line
 
 HEADER = "pairs x tokens way          seconds     (min..max) peak GB"
 ROW = "{:>14} {:<10} {:9.3f} {:7.3f}..{:6.3f} {:7.2f}"
@@ -263,4 +264,5 @@ def main(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with one_line("pair_gram"):
+        main(tyro.cli(Config))

@@ -25,6 +25,7 @@ import tyro
 
 from benchmarks import frameworks
 from benchmarks.frameworks import Measured, Model, Running, ratios
+from jaxpref.score.command import one_line
 
 HEADER = "batch x new framework     tokens/s  seconds     (min..max) peak GB"
 ROW = "{:>11} {:<12} {:9.1f} {:8.3f} {:7.3f}..{:6.3f} {:7.2f}"
@@ -170,4 +171,5 @@ def report(size: Size, measured: dict[str, Measured]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with one_line("sampling"):
+        main(tyro.cli(Config))

@@ -26,6 +26,7 @@ import tyro
 from benchmarks import frameworks
 from benchmarks.frameworks import MODELS, Measured, Model, Running, ratios
 from jaxpref.data.pairs import TokenPair
+from jaxpref.score.command import one_line
 
 HEADER = "pairs way        seconds     (min..max)  pairs/s peak GB  of GEMM peak"
 ROW = "{:>5} {:<9} {:8.3f} {:7.3f}..{:6.3f} {:8.2f} {:7.2f} {:13.2f}"
@@ -199,4 +200,5 @@ def report(config: Config, number: int, found: dict[str, Measured]) -> dict[str,
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with one_line("score_pairs"):
+        main(tyro.cli(Config))

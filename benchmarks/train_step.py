@@ -27,6 +27,7 @@ import tyro
 
 from benchmarks import frameworks
 from benchmarks.frameworks import Measured, Model, Optimizer, Size, ratios
+from jaxpref.score.command import one_line
 
 HEADER = "pairs x tokens framework   step s     (min..max) first s peak GB  of GEMM peak"
 ROW = "{:>14} {:<9} {:8.3f} {:7.3f}..{:6.3f} {:7.1f} {:7.2f} {:13.2f}"
@@ -135,4 +136,5 @@ def report(config: Config, size: Size, measured: dict[str, Measured]) -> dict[st
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    with one_line("train_step"):
+        main(tyro.cli(Config))

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +22,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from jaxpref import gradients, logprobs, runs
-from jaxpref.data import batches
+from jaxpref.data import batches, chat, files, preferences
 from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
-from jaxpref.data.pairs import TokenPair, encode, sha256
+from jaxpref.data.pairs import Counts, TokenPair, TooLong, encode, sha256
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import bounds, decoder, pretrained
 from jaxpref.models.decoder import Policy
+from jaxpref.score import command as line
 from jaxpref.training.optimizers import torch_rmsprop
 from jaxpref.training.step import init_state, make_step
 
@@ -53,6 +56,48 @@ def above(bound: float, config: Any, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and not value > bound:
             raise ValueError(f"{name}: got {value}, expected above {bound}")
+
+
+def finite(config: Any) -> None:
+    """Raises if a number of a configuration is none, or infinite where its default is not."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        allowed = field.default if isinstance(field.default, tuple) else (field.default,)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, float) and not (math.isfinite(each) or each in allowed):
+                raise ValueError(f"{field.name}: got {each}, expected a finite number")
+
+
+Bad = Literal["error", "skip"]
+"""What becomes of a row that cannot be used: an error, or left out, counted and named."""
+DATE = str(chat.DATE)
+"""Today, as far as chat templates know."""
+
+
+def read(config: Any) -> files.Found:
+    """The pairs of a run: those of ``config.data``, else the shipped ones.
+
+    Of the configuration it reads ``data``, ``bad`` and ``columns``.
+    """
+    columns = line.columns_of(config.columns)
+    if not config.data:
+        return files.Found(preferences.load(), [])
+    return files.read(config.data, bad=dropped(config), columns=columns)
+
+
+def dropped(config: Any) -> Literal["error", "drop"]:
+    """``bad`` of a configuration as readers of files take it."""
+    return "error" if config.bad == "error" else "drop"
+
+
+def encoded(
+    config: Any, rows: Sequence[TextPair], subject: "Subject", *, too_long: TooLong
+) -> tuple[list[TokenPair], Counts]:
+    """Their token ids, by ``bad``, ``end``, ``date`` and ``limit`` of the configuration."""
+    return line.encode(
+        rows, subject.policy, subject.tokenizer, bad=config.bad, end=line.end_of(config.end),
+        date=line.date_of(config.date), limit=config.limit, too_long=too_long,
+    )  # fmt: skip
 
 
 class Subject(NamedTuple):
@@ -95,6 +140,7 @@ class Problem:
         logp: ``(params, (tokens, is_token, is_response)) -> [2]`` of one pair, for
             `jaxpref.gradients` with ``responses="together"``; differentiable both ways.
         digest: SHA-256 of the token ids.
+        skipped: The rows that were left out, each with its place and fault.
     """
 
     batch: Batch
@@ -102,6 +148,7 @@ class Problem:
     hidden: Callable[[PyTree, Any], logprobs.Responses]
     logp: Callable[[PyTree, Any], Array]
     digest: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> tuple[Any, Any, Any]:
@@ -124,23 +171,37 @@ class Problem:
 
 
 def problem(
-    policy: Policy,
-    tokenizer: Tokenizer,
-    pairs: Sequence[TextPair],
-    *,
-    limit: int = 128,
-    end: Literal["eos"] | None = None,
+    policy: Policy, tokenizer: Tokenizer, pairs: Sequence[TextPair], *, limit: int = 128
 ) -> Problem:
     """Token arrays of text pairs, and the policy's log-probabilities of them.
 
     The prompt is encoded once for both responses. Prompts lose their first tokens where a sequence
     is longer than `limit`; a pair whose response alone is longer raises.
     """
-    encoded, _ = encode(pairs, tokenizer, end=end, limit=limit, too_long="truncate_left")
-    return token_problem(policy, encoded)
+    found, _ = encode(pairs, tokenizer, end=None, limit=limit, too_long="truncate_left")
+    return token_problem(policy, found)
 
 
-def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
+def problem_of(config: Any, subject: Subject, found: files.Found, *, least: int) -> Problem:
+    """`problem` of a run's pairs, by the settings that `encoded` reads.
+
+    Raises:
+        ValueError: fewer than `least` pairs are left.
+    """
+    pairs, counts = encoded(config, found.rows, subject, too_long="truncate_left")
+    enough("pairs", least, len(pairs))
+    return token_problem(subject.policy, pairs, skipped=(*found.faults, *counts.faults))
+
+
+def enough(what: str, wanted: int, there: int) -> None:
+    """Raises if a run draws more pairs than there are."""
+    if wanted > there:
+        raise ValueError(f"{what}: a run draws {wanted}, expected at most the {there} there are")
+
+
+def token_problem(
+    policy: Policy, encoded: Sequence[TokenPair], *, skipped: Sequence[str] = ()
+) -> Problem:
     """`problem` of pairs that are token ids already; refuses what the model cannot read."""
     places = [f"pair {row}, {side}" for row in range(len(encoded)) for side in SIDES]
     bounds.check(policy.bounds, (ids for pair in encoded for ids in pair.tokens), places)
@@ -160,13 +221,19 @@ def token_problem(policy: Policy, encoded: Sequence[TokenPair]) -> Problem:
         one = tuple(x[None] for x in pair)
         return score(params, one).logp[0]
 
-    return Problem(found, score, hidden, logp, sha256(encoded))
+    return Problem(found, score, hidden, logp, sha256(encoded), tuple(skipped))
 
 
-def hashes(subject: Subject, problem: Problem) -> dict[str, str]:
-    """Of model and pairs, for a run's provenance; and the commit of a model of the hub."""
+def hashes(subject: Subject, problem: Problem) -> dict[str, Any]:
+    """Of model and pairs, a hub model's commit, and the rows that were skipped: a provenance."""
     found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
-    return found | ({"model_revision": subject.revision} if subject.revision else {})
+    found |= {"model_revision": subject.revision} if subject.revision else {}
+    return found | {"skipped": without_folders(problem.skipped)}
+
+
+def without_folders(faults: Sequence[str]) -> list[str]:
+    """Faults of rows as a provenance keeps them: a file's name, and not where it lies."""
+    return [re.sub(r"^(?!tfds:).*?([^/\\]+, (?:line|row) )", r"\1", fault) for fault in faults]
 
 
 def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
@@ -255,7 +322,7 @@ def command(
     config: type,
     *,
     description: str | None,
-    hashes: Callable[[Any], Mapping[str, str]],
+    hashes: Callable[[Any], Mapping[str, Any]],
     run: Callable[[Any, Path | None], Arrays],
     summarise: Callable[[Any, Arrays], list[dict[str, Any]]],
     report: Callable[[Any, list[dict[str, Any]]], str],
@@ -268,8 +335,8 @@ def command(
         experiment: Its name, the folder of its runs.
         config: Frozen dataclass of all that decides the numbers; its fields become flags.
         description: For ``--help``.
-        hashes: ``config ->`` hashes of model and data, for the provenance. It may raise for bad
-            settings, before any time is spent.
+        hashes: ``config ->`` hashes of model and data and ``skipped`` rows, for the provenance. It
+            may raise for bad settings, before any time is spent.
         run: ``(config, folder) -> arrays``.
         summarise: ``(config, arrays) -> rows`` of the table, numbers and names only.
         report: ``(config, rows) ->`` the table and the verdict in words.
@@ -292,24 +359,25 @@ def command(
     )
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
-    try:
+    with line.one_line(experiment, again="--resume goes on"):
+        finite(settings)
+        made_of = hashes(settings)
         run_folder = runs.create(
             experiment,
             options.name,
             dataclasses.asdict(settings),
             resume=options.resume,
-            provenance=hashes(settings),
+            provenance=made_of,
             wandb=options.wandb,
         )
         arrays = run(settings, run_folder.path)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{experiment}: {error}")
-    rows = summarise(settings, arrays)
-    numbered = itertools.count()
-    lines = [{"step": next(numbered), **line} for line in metrics(settings, arrays)]
-    run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
-    print(report(settings, rows))
-    print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        rows = summarise(settings, arrays)
+        numbered = itertools.count()
+        lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]
+        run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
+        print(report(settings, rows))
+        print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        line.tell("skipped", made_of.get("skipped", ()))
 
 
 def command_of(lab: ModuleType) -> None:

@@ -153,7 +153,7 @@ def create(
     *,
     root: str | Path = "runs",
     resume: bool = False,
-    provenance: Mapping[str, str | None] | None = None,
+    provenance: Mapping[str, str | Sequence[str] | None] | None = None,
     wandb: Literal["off", "offline", "online"] = "off",
 ) -> Run:
     """Make the folder of a run, or come back to it; never overwrites.
@@ -165,7 +165,8 @@ def create(
       root: where runs live.
       resume: continue a run that exists. One that does not is made, so that the command that
         started a job also starts it again.
-      provenance: hashes of data and model by name: what the code's commit does not say.
+      provenance: hashes of data and model by name, rows that were left out: what the code's commit
+        does not say.
       wandb: mirror metrics, config and summary there. ``"off"`` does not import it.
 
     Returns:
@@ -182,7 +183,7 @@ def create(
             raise ValueError(f"{argument} is {value!r}, expected the name of one folder")
     hashes = dict(provenance or {})
     for key, value in hashes.items():
-        if value is not None and PurePath(value).is_absolute():
+        if any(PurePath(each).is_absolute() for each in _several(value)):
             raise ValueError(f"provenance {key} is the absolute path {value!r}, expected a hash")
     module = _wandb(wandb)
     path, settings = Path(root) / experiment / name, _plain(config)
@@ -198,6 +199,10 @@ def create(
     _save_json(path / "wandb.json", identity)
     where = {"project": experiment, "name": name, "dir": str(path), "mode": wandb}
     return Run(path, mirror=module.init(**where, **identity, config=settings, resume="allow"))
+
+
+def _several(value: str | Sequence[str] | None) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value or ()
 
 
 def load(path: str | Path) -> Record:
@@ -261,7 +266,9 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and numpy raise what they meet in a damaged file
         raise ValueError(f"{path} is not a whole npz file: {error}") from None
 
 

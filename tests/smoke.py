@@ -28,6 +28,27 @@ def command(lab, config, cwd):
     return cwd / "runs" / experiment / "tiny", out.getvalue()
 
 
+@contextlib.contextmanager
+def compiled_once(module):
+    """Its `programs` depend on settings and shapes alone: the runs of a file share them."""
+    kept, make = {}, module.programs
+
+    def programs(*arguments):
+        key = tuple(getattr(each, "digest", each) for each in arguments if _decides(each))
+        if key not in kept:
+            kept[key] = make(*arguments)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "programs", programs)
+        yield
+
+
+def _decides(argument):
+    """Of a policy, which is another object each time, the pairs tell the model's shapes."""
+    return not hasattr(argument, "unembedding")
+
+
 def same_after_a_kill(lab, config, folder, new, lost):
     """Runs again in a new folder that has all parts but the lost ones: the same files and bits."""
     parts = sorted((folder / "parts").iterdir())

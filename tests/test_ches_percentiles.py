@@ -15,6 +15,7 @@ from experiments import ches_percentiles as lab
 from experiments.ches_percentiles import measure, protocol, summary
 from jaxpref import losses
 from jaxpref.data import batches
+from jaxpref.data.files import DataError
 
 RATE = 1e-4
 
@@ -202,14 +203,18 @@ def test_pairs_that_do_not_fit_are_counted(tiny_model, tmp_path, capsys):
     with gzip.open(file, "wt") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
     config = dataclasses.replace(
-        lab.SMOKE, model=str(tiny_model), data=str(file), limit=16, pairs=2, subset=2
+        lab.SMOKE, model=str(tiny_model), data=str(file), bad="skip", limit=16, pairs=2, subset=2
     )
     found = protocol.load(config)
     assert found.left_out == {"unusable": 1, "too_long": 1}
     assert len(found.encoded) == 2
+    (skipped,) = protocol.hashes(config)["skipped"]
+    assert skipped.startswith("pairs.jsonl.gz, line 2: ")  # and no folder
+    with pytest.raises(DataError, match="line 2"):
+        protocol.load(dataclasses.replace(config, bad="error"))
     measure._tell(found)
     told = capsys.readouterr().err
-    assert told == "2 pairs; left out: 1 without two different responses, 1 too long\n"
+    assert told == "2 pairs; left out: 1 that cannot be used, 1 too long\n"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,6 @@ import pytest
 from jaxpref import losses
 from jaxpref.losses.__main__ import values_and_pulls
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 D = Decimal
 EXACT = decimal.Context(prec=200, Emax=10**9, Emin=-(10**9))
 FAR = [10.0, 100.0, 630.0, 645.0, 700.0, 3000.0, 4000.0]  # float64 ends at 709, the bound is 638.8

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,12 @@ RATES = (1e-5, 1e-4)
 def as_optax_needs_it():
     """optax's Adam mixes integers and floats."""
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once():
+    with smoke.compiled_once(sys.modules["experiments.first_order.measure"]):
         yield
 
 

@@ -10,8 +10,6 @@ from jax.interpreters import ad, batching, mlir
 from jaxpref import gradients
 from jaxpref.gradients import forms
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 X = jax.random.normal(jax.random.key(0), (3, 5, 4), jnp.float64)
 W = jax.random.normal(jax.random.key(2), (4, 4), jnp.float64)
 LAYERS = jax.random.normal(jax.random.key(3), (3, 4, 4), jnp.float64)

@@ -15,6 +15,8 @@ import pytest
 from toy import a_batch, a_state, dpo, score
 
 from jaxpref import runs
+from jaxpref.data import batches
+from jaxpref.training import parallel
 from jaxpref.training.checkpoints import Checkpoints
 from jaxpref.training.loop import NotFiniteError, fit
 from jaxpref.training.optimizers import torch_rmsprop
@@ -184,6 +186,38 @@ def test_another_model_and_other_data_are_refused(tmp_path):
         fit(STEP, a_state(OPTIMIZER, width=4), batch_at, steps=2, run=run, checkpoint_every=1)
     with pytest.raises(ValueError, match="other data: seed is 1, expected 2"):
         train(run, data={"seed": 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "options", "said"),
+    [
+        (
+            10,
+            8,
+            {"micro_batches": 4},
+            r"step 1: .* shape \(2, 3\), expected .* micro_batches=4 divi",
+        ),
+        (7, 6, {"mesh": True}, r"step 1: .* shape \(1, 3\), expected axis 0 .* mesh's 2 devices"),
+        (9, 9, {"micro_batches": 2}, r"step 0: .* micro_batches=2 divides"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused_before_the_first_update(
+    tmp_path, rows, batch, options, said
+):
+    everything = a_batch(pairs=rows)
+    mesh = parallel.data_mesh() if options.pop("mesh", False) else None
+    step, shown = make_step(score, dpo, OPTIMIZER, mesh=mesh, **options), []
+
+    def at(number):
+        shown.append(number)
+        index = batches.order(rows, batch, 0, number, last="short")
+        return jax.tree.map(lambda x: x[index], everything)
+
+    run = a_run(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        fit(step, a_state(OPTIMIZER), at, steps=50, run=run, checkpoint_every=1)
+    assert shown in ([0], [0, 1])  # an epoch and no more
+    assert not (run.path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["steps", "checkpoint_every"])

@@ -8,8 +8,6 @@ from random_programs import EXAMPLES, PIECES, REVERSE_ONLY, ROUNDED, build, deal
 
 from jaxpref import gradients
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 PROGRAMS = deal(0, 5)
 DATA = EXAMPLES, jnp.array([[0, 3, 5, 1, 1], [3, 3, 1, 0, 2]])
 UNEMBEDDING = jnp.cos(jnp.arange(24)).reshape(6, 4)

@@ -48,7 +48,7 @@ def data():
         chosen = answer(6)
         rejected = chosen if row == 3 else answer(9)
         tokens = np.array(prompt + chosen, np.int32), np.array(prompt + rejected, np.int32)
-        found.append(pairs.TokenPair(tokens, (len(prompt), len(prompt)), (False, False)))
+        found.append(pairs.TokenPair(tokens, (len(prompt),) * 2, (False, False), (1, 1)))
     return found
 
 
@@ -170,10 +170,16 @@ def test_the_folder_of_another_run_is_refused(model, data, tmp_path):
         ({"params": jax.tree.map(lambda x: 2 * x, params)}, "other parameters"),
         ({"columns": ["edit_similarity"]}, "other columns"),
         ({"tokens": 7}, "other tokens"),
+        ({"made_with": {"end": "none"}}, "other end"),
     ):
         arguments = {"params": params, "pairs": data[:1], "columns": ["ches"], **changed}
         with pytest.raises(DataError, match=match):
             score.score_pairs(policy, folder=tmp_path, **arguments)
+    (part,) = tmp_path.glob("*.npz")
+    for file, match in ((part, "0.npz: damaged"), (tmp_path / "key.json", "key.json: damaged")):
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(DataError, match=match):
+            score.score_pairs(policy, params, data[:1], columns=["ches"], folder=tmp_path)
 
 
 def test_states_that_are_not_finite_are_named(model, data):
@@ -230,7 +236,7 @@ def command(tiny_model, tmp_path, monkeypatch):
 def test_the_command_scores_and_filters(command, tmp_path, capsys):
     columns = ["ches_length_normalised", "length_difference"]
     out = tmp_path / "kept.jsonl.gz"
-    flags = ["--columns", *columns, "--bad", "skip", "--filter", out, "--by", "length_difference"]
+    flags = ["--scores", *columns, "--bad", "skip", "--filter", out, "--by", "length_difference"]
     command(*flags, "--keep", "0.5")
     table = parquet.read_table(tmp_path / "scores.parquet").to_pydict()
     assert table["row"] == [0, 1, 3, 4]
@@ -242,7 +248,12 @@ def test_the_command_scores_and_filters(command, tmp_path, capsys):
     with gzip.open(out, "rt") as file:
         assert [json.loads(line) for line in file] == [ROWS[table["row"][i]] for i in lowest]
     said = capsys.readouterr()
-    assert "1 rows left out: 2" in said.err
+    (skipped,) = [line for line in said.err.splitlines() if " skipped: " in line]
+    assert skipped.startswith("1 rows skipped: ")
+    assert "pairs.jsonl.gz, line 3: rejected is an empty response" in skipped
+    assert "4 pairs, 1 rows skipped" in said.out
+    about = json.loads(parquet.read_schema(tmp_path / "scores.parquet").metadata[b"jaxpref"])
+    assert (about["end"], about["date"], len(about["skipped"])) == ("eos", "2024-07-26", 1)
     (line,) = [line for line in said.out.splitlines() if line.startswith("length_difference")]
     longer = table["length_difference"]
     three = [min(longer), float(np.median(longer)), max(longer)]
@@ -255,10 +266,50 @@ def test_the_command_names_faults(command, capsys):
         ((), r"pairs.jsonl.gz, line 3: rejected is an empty response"),
         (("--bad", "skip", "--limit", "3"), "tokens too long for"),
         (("--keep", "0"), "keep: got 0.0, expected more than 0 and at most 1"),
-        (("--columns", "ches", "--filter", "x.gz"), "by: got ches_length_normalised, expected one"),
+        (("--limit", "0"), "limit: got 0, expected at least 2"),
+        (("--scores",), "scores: got none, expected one or more"),
+        (("--filter", "nowhere/x.gz"), "filter: nowhere/x.gz is in no folder that exists"),
+        (("--filter", "x.parquet"), "x.parquet: out is of another format"),
+        (("--out", "."), r"out: \. is a folder, expected the name of a file"),
+        (("--date", "today"), "date: got 'today', expected a day as YYYY-MM-DD"),
+        (("--columns", "good"), "columns: got 'good', expected NAME=COLUMN"),
+        (("--columns", "chosen=good"), "line 1: no column 'good' for chosen"),
+        (("--bad", "skip", "--end", "<nothing>"), "end is '<nothing>', expected"),
+        (("--bad", "skip", "--model", "."), "config.json: no such file"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=message) as ended:
             command(*flags)
+        assert "\n" not in str(ended.value)
+
+
+def test_the_filter_reads_the_score_that_was_measured_to_tell(command, tmp_path, monkeypatch):
+    """By default alpha-weighted CHES, which is computed though no flag asks for it."""
+    asked = []
+
+    def scores(policy, params, encoded, *, columns, **_):
+        asked.append(columns)
+        (tmp_path / "scores.parquet.parts").mkdir()
+        found = {name: np.zeros(len(encoded)) for name in columns}
+        found["alpha_weighted_ches"] = np.array([3.0, 1.0, 2.0, 4.0])
+        return found | dict.fromkeys(("chosen_tokens", "rejected_tokens"), np.arange(4))
+
+    monkeypatch.setattr(score_command, "score_pairs", scores)
+    out = tmp_path / "kept.jsonl.gz"
+    command("--bad", "skip", "--filter", out)
+    assert asked == [(*score.DEFAULT, "alpha_weighted_ches")]
+    with gzip.open(out, "rt") as file:
+        assert [json.loads(line) for line in file] == [ROWS[1], ROWS[3]]
+
+
+def test_an_interrupt_is_no_traceback(command, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score_command.files, "read", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "score: interrupted; the same command goes on\n"
 
 
 def test_the_lowest_scores_are_kept_in_their_order():

@@ -48,7 +48,9 @@ def compiled_once():
 def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
-    config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=1e-4, teach_rate=1e-4)
+    config = dataclasses.replace(
+        lab.SMOKE, model=str(tiny_model), rate=1e-4, teach_rate=1e-4, new=28
+    )
     return config, *smoke.command(lab, config, cwd)
 
 

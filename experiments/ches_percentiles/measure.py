@@ -137,7 +137,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
 def _tell(loaded: Loaded) -> None:
     out = loaded.left_out
     print(
-        f"{len(loaded.encoded)} pairs; left out: {out['unusable']} without two different responses,"
+        f"{len(loaded.encoded)} pairs; left out: {out['unusable']} that cannot be used,"
         f" {out['too_long']} too long",
         file=sys.stderr,
     )

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import common
-from jaxpref.data import files, preferences
-from jaxpref.data.pairs import TokenPair, encode
+from jaxpref.data.pairs import TokenPair
 
 SCORES = {  # larger: a fall of the chosen response is expected
     "ches": "CHES",
@@ -51,6 +50,15 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs, HH-RLHF's too; by default the shipped ones."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "eos"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -65,7 +73,7 @@ class Loaded(NamedTuple):
     subject: common.Subject
     encoded: list[TokenPair]
     problem: common.Problem
-    left_out: dict[str, int]  # rows of the file without two different responses, and too long ones
+    left_out: dict[str, int]  # rows of the file that cannot be used, and too long ones
 
 
 def _check(config: Config) -> None:
@@ -87,17 +95,15 @@ def _check(config: Config) -> None:
 def load(config: Config) -> Loaded:
     """Model and pairs of a run; raises for settings that cannot be run."""
     _check(config)
-    read = list(files.rows(config.data)) if config.data else []
-    texts = files.pairs_of(read, bad="drop") if config.data else preferences.load()
+    found = common.read(config)
     subject = common.open_model(config.model, scan=True)
-    encoded, counts = encode(
-        texts, subject.tokenizer, end="eos", limit=config.limit, too_long="drop"
-    )
+    encoded, counts = common.encoded(config, found.rows, subject, too_long="drop")
     if not config.subset <= config.pairs <= len(encoded):
         fit = f"{config.subset} to {len(encoded)}, the pairs that fit {config.limit} tokens"
         raise ValueError(f"pairs: got {config.pairs}, expected {fit}")
-    left_out = {"unusable": max(len(read) - len(texts), 0), "too_long": counts.dropped}
-    problem = common.token_problem(subject.policy, encoded)
+    skipped = (*found.faults, *counts.faults)
+    left_out = {"unusable": len(skipped), "too_long": counts.dropped}
+    problem = common.token_problem(subject.policy, encoded, skipped=skipped)
     return Loaded(subject, encoded, problem, left_out)
 
 

@@ -18,6 +18,7 @@ RMSprop would be the same without it, that of SGD would not.
 from experiments.entanglement_dynamics.figure import draw as draw
 from experiments.entanglement_dynamics.measure import Programs as Programs
 from experiments.entanglement_dynamics.measure import Start as Start
+from experiments.entanglement_dynamics.measure import branches as branches
 from experiments.entanglement_dynamics.measure import measure as measure
 from experiments.entanglement_dynamics.measure import measure_start as measure_start
 from experiments.entanglement_dynamics.measure import programs as programs

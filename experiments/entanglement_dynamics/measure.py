@@ -25,7 +25,7 @@ def pull_of(index, scores: Scores, batch) -> jax.Array:
 class Programs(NamedTuple):
     """What a run compiles: each program once, for all losses and seeds."""
 
-    step: Any  # (params, state, batch, loss's number, scale, rate, is the first) -> params, state
+    step: Any  # (params, state, batch, loss's branch, scale, rate, is the first) -> params, state
     scores: Any  # (params, batch) -> Scores
     grams: Any  # (params, arrays) -> [pairs 2 2]
     together: Any  # (params, arrays) -> [pairs 2 pairs 2]
@@ -33,7 +33,8 @@ class Programs(NamedTuple):
 
 def programs(config: Config, problem: common.Problem) -> Programs:
     """The loss is an argument: its pull is tiny, and one backward pass carries it to parameters."""
-    step = pulling.make_step(problem.score, LOSSES, OPTIMIZERS[config.optimizer](1.0))
+    some = {name: LOSSES[name] for name in branches(config)}
+    step = pulling.make_step(problem.score, some, OPTIMIZERS[config.optimizer](1.0))
 
     def grams(params, arrays):
         return gradients.pair_grams(problem.logp, params, arrays, responses="together").gram
@@ -42,6 +43,11 @@ def programs(config: Config, problem: common.Problem) -> Programs:
         return gradients.gram(problem.logp, params, arrays).gram
 
     return Programs(step, jax.jit(problem.score), jax.jit(grams), jax.jit(together))
+
+
+def branches(config: Config) -> list[str]:
+    """The losses of a run by their number in its step; `sft` is that of the supervised phase."""
+    return list(dict.fromkeys((*config.losses, "sft")))
 
 
 class Start(NamedTuple):
@@ -66,7 +72,7 @@ def train(
     """Parameters after so many updates; `look` sees those after each."""
     params = jax.tree.map(jnp.copy, start.params)
     state = OPTIMIZERS[config.optimizer](1.0).init(params)
-    index = jnp.int32(list(LOSSES).index(name))
+    index = jnp.int32(branches(config).index(name))
     sizes = jnp.float32(scale), jnp.float32(rate)
     for number in tqdm(range(steps), f"{name}, seed {seed}", unit="update", leave=False):
         rows = batches.order(config.pairs, config.batch, seed, number)

@@ -7,7 +7,6 @@ import numpy as np
 import optax
 
 from experiments import common, pulling
-from jaxpref.data import files, pairs, preferences
 from jaxpref.training.optimizers import torch_rmsprop
 
 # (scores, batch) -> [pairs]; hyperparameters as in the papers or their code. `sft` is a control:
@@ -54,12 +53,21 @@ class Config:
     """Updates on the training pairs' chosen responses before, by the same optimizer."""
     supervised_rate: float = 1e-3
     limit: int = 96
-    """Most tokens of prompt and response: longer prompts lose their beginning, and pairs of a file
-    whose responses leave no room are not used."""
+    """Most tokens of prompt and response: longer prompts lose their beginning, and a pair whose
+    responses leave no room cannot be used."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs or of HH-RLHF, also packed (.gz); by default the shipped pairs."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -75,7 +83,8 @@ def look_steps(config: Config) -> list[int]:
 
 
 def _check(config: Config) -> None:
-    common.at_least(1, config, "steps", "batch", "looks", "pairs", "held_out", "probes", "seeds")
+    counts = ("steps", "batch", "looks", "pairs", "held_out", "probes", "seeds", "limit")
+    common.at_least(1, config, *counts)
     common.above(0, config, "rate", "supervised_rate", "margin")
     common.at_least(0, config, "supervised")
     for name in ("batch", "probes"):
@@ -87,36 +96,23 @@ def _check(config: Config) -> None:
         raise ValueError(f"losses: got {config.losses}, expected names, each once")
 
 
-def _texts(config: Config) -> list[files.TextPair]:
-    if config.data:
-        return files.read_pairs(config.data, bad="drop")
-    return preferences.load()
-
-
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run.
 
     Of a long file a fixed sample is taken, four times as many as a seed draws.
     """
     _check(config)
-    texts, drawn = _texts(config), config.pairs + config.held_out
-    subject, usable = common.open_model(config.model, scan=True), []
-    for i in np.random.default_rng(0).permutation(len(texts)):
-        try:
-            pairs.encode(
-                [texts[i]], subject.tokenizer, end=None, limit=config.limit,
-                too_long="truncate_left",
-            )  # fmt: skip
-        except files.DataError:
-            continue
-        usable.append(texts[i])
-        if len(usable) == max(96, 4 * drawn):
-            break
-    if drawn > len(usable):
+    found, drawn = common.read(config), config.pairs + config.held_out
+    subject = common.open_model(config.model, scan=True)
+    rows = [found.rows[i] for i in np.random.default_rng(0).permutation(len(found.rows))]
+    fitting, counts = common.encoded(config, rows, subject, too_long="truncate_left")
+    if drawn > len(fitting):
         raise ValueError(
-            f"pairs: a seed draws {drawn}, expected at most the {len(usable)} that fit"
+            f"pairs: a seed draws {drawn}, expected at most the {len(fitting)} that fit"
         )
-    return subject, common.problem(subject.policy, subject.tokenizer, usable, limit=config.limit)
+    skipped = (*found.faults, *counts.faults)
+    usable = fitting[: max(96, 4 * drawn)]
+    return subject, common.token_problem(subject.policy, usable, skipped=skipped)
 
 
 def hashes(config: Config) -> dict[str, str]:

@@ -6,7 +6,6 @@ import math
 from typing import NamedTuple
 
 from experiments import common
-from jaxpref.data import files, preferences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,15 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs; by default the shipped ones."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -70,16 +78,19 @@ def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "pairs", "steps", "seeds")
+    common.at_least(1, config, "pairs", "steps", "seeds", "limit")
+    common.at_least(0, config, "others", "warm", "supervised")
+    common.above(0, config, "beta", "supervised_rate")
+    if not config.optimizers or not config.clips or min(config.clips) <= 0:
+        got = f"{config.optimizers}, {config.clips}"
+        raise ValueError(f"optimizers, clips: got {got}, expected one or more, clips above 0")
     counts = {len(rates_of(config, name)) for name in config.optimizers}
     if len(counts) != 1:
         raise ValueError(f"rates: got {sorted(counts)} learning rates, expected as many for each")
-    texts = files.read_pairs(config.data) if config.data else preferences.load()
-    drawn = config.pairs * (1 + config.warm) + config.others
-    if drawn > len(texts):
-        raise ValueError(f"pairs: a run draws {drawn}, expected at most the {len(texts)} there are")
+    found, drawn = common.read(config), config.pairs * (1 + config.warm) + config.others
+    common.enough("pairs", drawn, len(found.rows))
     subject = common.open_model(config.model)
-    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+    return subject, common.problem_of(config, subject, found, least=drawn)
 
 
 def hashes(config: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from experiments import common
-from jaxpref.data import batches, files, preferences
+from jaxpref.data import batches
 
 TEXT, FORWARD, GRAM = "none", "1 forward", "1 forward, 1 backward a response"
 SIGNALS = {  # larger: a fall of the chosen response is expected; what each costs a pair
@@ -53,6 +53,15 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs; by default the shipped ones."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(pairs=4, alone=(1, 2), together=(1, 2), batch=2, resamples=50)
@@ -60,15 +69,17 @@ SMOKE = Config(pairs=4, alone=(1, 2), together=(1, 2), batch=2, resamples=50)
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "pairs", "batch", "seeds", "resamples")
+    common.at_least(1, config, "pairs", "batch", "seeds", "resamples", "limit")
+    common.at_least(0, config, "supervised")
+    common.above(0, config, "rate", "beta", "supervised_rate")
     for name in PROTOCOLS:
         if min(getattr(config, name), default=0) < 1:
             raise ValueError(f"{name}: got {getattr(config, name)}, expected numbers of updates")
-    texts = files.read_pairs(config.data, bad="drop") if config.data else preferences.load()
-    if not config.batch <= config.pairs <= len(texts):
-        raise ValueError(f"pairs: got {config.pairs}, expected {config.batch} to {len(texts)}")
+    found = common.read(config)
+    if not config.batch <= config.pairs <= len(found.rows):
+        raise ValueError(f"pairs: got {config.pairs}, expected {config.batch} to {len(found.rows)}")
     subject = common.open_model(config.model)
-    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+    return subject, common.problem_of(config, subject, found, least=config.pairs)
 
 
 def hashes(config: Config) -> dict[str, str]:

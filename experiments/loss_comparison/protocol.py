@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 
 from experiments import common, pulling
-from jaxpref.data import files, pairs, preferences
 
 FAMILIES = (
     *("pairwise", "links", "f_dpo", "anchored", "transport", "reference_free"),
@@ -45,6 +44,15 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs or of HH-RLHF, also packed (.gz); by default the shipped pairs."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -80,7 +88,7 @@ def rows_of(config: Config, part: str) -> slice:
 
 
 def _check(config: Config) -> None:
-    counts = ("updates", "batch", "looks", "train", "validation", "test", "seeds")
+    counts = ("updates", "batch", "looks", "train", "validation", "test", "seeds", "limit")
     common.at_least(1, config, *counts)
     common.at_least(0, config, "supervised")
     common.above(0, config, "supervised_rate")
@@ -104,17 +112,18 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     Of the pairs that fit a fixed sample is taken, as many as all seeds draw together.
     """
     _check(config)
-    texts = files.read_pairs(config.data, bad="drop") if config.data else preferences.load()
+    found = common.read(config)
     subject = common.open_model(config.model, scan=True)
-    usable, _ = pairs.encode(texts, subject.tokenizer, end=None, limit=config.limit,
-                             too_long="drop")  # fmt: skip
+    usable, counts = common.encoded(config, found.rows, subject, too_long="drop")
     if (count := drawn(config)) > len(usable):
         raise ValueError(
             f"train, validation, test: got {count} pairs, expected at most the {len(usable)} that"
             f" fit into {config.limit} tokens"
         )
     pool = np.random.default_rng(0).permutation(len(usable))[: config.seeds * count]
-    return subject, common.token_problem(subject.policy, [usable[i] for i in pool])
+    skipped = (*found.faults, *counts.faults)
+    some = [usable[i] for i in pool]
+    return subject, common.token_problem(subject.policy, some, skipped=skipped)
 
 
 def hashes(config: Config) -> dict[str, str]:

@@ -116,8 +116,6 @@ def _regimes(config: Config, part: Part, start: Start, run: Programs, chunks) ->
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays of `train` with a leading axis ``parts``, in the order of `parts`."""
     subject, problem = load(config)
-    if config.pairs % config.batch:
-        raise ValueError(f"batch: got {config.batch}, expected a divisor of {config.pairs} pairs")
     compiled = programs(problem, subject.policy)
     begun = functools.cache(lambda: begin(config, subject, problem, compiled))
     bar, records = tqdm(parts(config), "runs", unit="run"), []

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from typing import Literal, NamedTuple
 
+from experiments import common
+
 Optimizer = Literal["sgd", "adam"]
 
 
@@ -46,6 +48,15 @@ class Config:
     data: str = "long"
     """A JSONL file of pairs, `preferences` for the shipped ones, or a sentiment set: `single`,
     `short` or `long`, whose two responses share no, a short or a long text after one label."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(

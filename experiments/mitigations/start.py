@@ -1,5 +1,6 @@
 """Where all parts of a run begin: model, pairs, compiled functions, the reference."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,34 +12,40 @@ from experiments import common
 from experiments.mitigations.methods import MASKS, pull_methods
 from experiments.mitigations.protocol import Config
 from jaxpref import gradients, logprobs
-from jaxpref.data import batches, files, preferences, sentiment
+from jaxpref.data import batches, files, sentiment
 from jaxpref.training import mitigations
 
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "pairs", "batch", "updates", "every", "seeds")
+    common.at_least(1, config, "pairs", "batch", "updates", "every", "seeds", "limit")
+    common.at_least(0, config, "supervised", "sft_weight", "price")
+    common.above(0, config, "length", "adam_rate", "beta", "mask_rate", "supervised_rate")
     known = (*pull_methods(config), *MASKS)
     for method in config.methods:
         if method not in known:
             raise ValueError(f"methods: got {method!r}, expected some of {', '.join(known)}")
-    texts = _texts(config)
-    if 2 * config.pairs > len(texts):
+    if not config.methods or not config.optimizers:
+        raise ValueError("methods, optimizers: got none of one, expected one or more")
+    found = _texts(config)
+    if 2 * config.pairs > len(found.rows):
         raise ValueError(
-            f"pairs: got {config.pairs} and as many held out, expected {len(texts)} in all"
+            f"pairs: got {config.pairs} and as many held out, expected {len(found.rows)} in all"
         )
     batches.steps_per_epoch(config.pairs, config.batch)
+    if config.pairs % config.batch:
+        raise ValueError(f"batch: got {config.batch}, expected a divisor of {config.pairs} pairs")
     subject = common.open_model(config.model)
-    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+    return subject, common.problem_of(config, subject, found, least=2 * config.pairs)
 
 
-def _texts(config: Config) -> list[files.TextPair]:
-    if config.data == "preferences":
-        return preferences.load()
+def _texts(config: Config) -> files.Found:
     kinds: dict[str, sentiment.Kind] = {"single": "single", "short": "short", "long": "long"}
     if config.data in kinds:
-        return sentiment.pairs(kinds[config.data], 2 * config.pairs * config.seeds, seed=0)
-    return files.read_pairs(config.data, bad="drop")
+        made = sentiment.pairs(kinds[config.data], 2 * config.pairs * config.seeds, seed=0)
+        return files.Found(made, [])
+    shipped = config.data == "preferences"
+    return common.read(dataclasses.replace(config, data="") if shipped else config)
 
 
 def hashes(config: Config) -> dict[str, str]:
@@ -104,16 +111,16 @@ def begin(config: Config, subject, problem, run: Programs) -> Start:
         problem, subject.params, optax.adam(config.supervised_rate),
         steps=config.supervised, batch=config.batch, seed=0,
     )  # fmt: skip
-    needed = sorted(
-        {int(i) for seed in range(config.seeds) for i in rows_of(config, problem, seed)}
-    )
     reference = mask = words = None
-    for i in needed:
-        found = [np.asarray(x)[0] for x in run.tokens(params, problem.rows([i]))]
-        if reference is None:
-            shapes = [np.zeros((len(problem), *x.shape), x.dtype) for x in found]
-            reference, mask, words = shapes
-        reference[i], mask[i], words[i] = found  # pyright: ignore[reportOptionalSubscript]
+    for seed in range(config.seeds):
+        rows = rows_of(config, problem, seed)
+        # In the batches of the looks: through one program, the first differences are exactly zero.
+        for index in rows.reshape(-1, config.batch):
+            found = [np.asarray(x) for x in run.tokens(params, problem.rows(index))]
+            if reference is None:
+                shapes = [np.zeros((len(problem), *x.shape[1:]), x.dtype) for x in found]
+                reference, mask, words = shapes
+            reference[index], mask[index], words[index] = found  # pyright: ignore[reportOptionalSubscript]
     contrast = mitigations.contrast_mask(words, mask)  # pyright: ignore[reportArgumentType]
     return Start(problem, params, reference, mask, contrast)  # pyright: ignore[reportArgumentType]
 

@@ -19,16 +19,24 @@ from experiments.no_vs_never.protocol import (
     digest,
     load_model,
     load_questions,
+    read_questions,
     tokenizer_of,
 )
 from jaxpref import runs
 from jaxpref.models import pretrained
+from jaxpref.score import command
 
 
 def _validate(config: Config) -> None:
     """Every error that the settings can have, before any time is spent."""
     tokenizer = tokenizer_of(config)
     common.at_least(1, config, "prompts", "updates", "sft_batch")
+    common.at_least(0, config, "seed")
+    for name in ("pairs", "losses", "sft_steps", "learning_rates", "train"):
+        if not getattr(config, name):
+            raise ValueError(f"{name}: got none, expected one or more")
+    if not 0 < config.decay < 1:
+        raise ValueError(f"decay: got {config.decay}, expected a number between 0 and 1")
     for name in ("beta", "tau", *("learning_rates", "sft_learning_rate")):
         for value in np.atleast_1d(getattr(config, name)):
             if not value > 0:
@@ -84,27 +92,33 @@ def main() -> None:
     if unknown:
         sys.exit(f"no_vs_never: unknown {' '.join(unknown)}, expected what {program} --help lists")
     config = options.config
-    try:
+    with command.one_line("no_vs_never", again="--resume goes on"):
+        common.finite(config)
+        common.at_least(1, options, "workers")
         _validate(config)
+        skipped = read_questions(config.data, config.bad).faults
+        model = load_model(config.model)
+        made_of = {
+            "model": pretrained.hash_params(model.params),
+            "data": digest(load_questions(config)),
+            "skipped": common.without_folders(skipped),
+            **({"model_revision": model.revision} if model.revision else {}),
+        }
         run_folder = runs.create(
             "no_vs_never",
             options.name,
             dataclasses.asdict(config),
             resume=options.resume,
-            provenance={
-                "model": pretrained.hash_params(load_model(config.model).params),
-                "data": digest(load_questions(config.data)),
-            },
+            provenance=made_of,
             wandb=options.wandb,
         )
         arrays = lab.run(config, run_folder.path, workers=options.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"no_vs_never: {error}")
-    rows = lab.summarise(config, arrays)
-    run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=_metrics(config, arrays))
-    figure = lab.draw(config, arrays)
-    print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
-    print(f"\nfigure: {run_folder.save_figure(figure)}")
+        rows = lab.summarise(config, arrays)
+        run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=_metrics(config, arrays))
+        figure = lab.draw(config, arrays)
+        print(lab.table(rows, config), lab.verdict(rows), sep="\n\n")
+        print(f"\nfigure: {run_folder.save_figure(figure)}")
+        command.tell("skipped", skipped)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _labels(config: Config, tokenizer) -> np.ndarray:
         for side, words in SFT_LABELS.items()
     }
     rng = np.random.default_rng(config.seed)
-    sides = [s.answer.strip() for s in load_questions(config.data)]
+    sides = [s.answer.strip() for s in load_questions(config)]
     return np.array([rng.choice(known[side]) for side in sides], np.int32)
 
 
@@ -149,7 +149,7 @@ def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
     if kept and kept.exists():
         with np.load(kept) as file:
             return structure.unflatten(jnp.asarray(file[str(i)]) for i in range(len(leaves)))
-    questions, labels = load_questions(config.data), _labels(config, tokenizer)
+    questions, labels = load_questions(config), _labels(config, tokenizer)
     optimizer = _rmsprop(config, config.sft_learning_rate)
     update = step.make_step(
         _score(functools.partial(next_token_logp, policy)),
@@ -189,7 +189,7 @@ def _reader(path: str | None):
 
 def prompt_rows(config: Config, pair: str) -> list[int]:
     """The seeds' statements: those whose usual answer the training works against, in order."""
-    records = load_questions(config.data)
+    records = load_questions(config)
     usual = " No" if meanings_of(pair)[0] == "affirm" else " Yes"
     rows = [i for i, s in enumerate(records) if s.answer == usual]
     if len(rows) == 500:  # the persona file: the paper's own prompts
@@ -203,7 +203,7 @@ def prompt_rows(config: Config, pair: str) -> list[int]:
 
 def _prompt(config: Config, cell: Cell, params) -> tuple[Prompt, int]:
     """The question of this seed, and its row."""
-    tokenizer, records = tokenizer_of(config), load_questions(config.data)
+    tokenizer, records = tokenizer_of(config), load_questions(config)
     row = prompt_rows(config, cell.pair)[cell.prompt]
     tokens, length = map(jnp.asarray, _padded([records[row].question], tokenizer, multiple=8))
     answers = jnp.array([answer_ids(cell.pair, tokenizer)], jnp.int32)

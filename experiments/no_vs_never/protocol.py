@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from jaxpref.data import statements
+from experiments import common
+from jaxpref.data import files, statements
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import pretrained
 
@@ -42,6 +43,8 @@ class Config:
     seed: int = 0
     data: str | None = None
     """A JSONL file of statements (persona format too); by default the shipped ones."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file; by default SmolLM2-135M-Instruct."""
 
@@ -108,10 +111,15 @@ def load_model(path: str | None) -> pretrained.Pretrained:
     return pretrained.load(path) if path else pretrained.smollm2()
 
 
+def load_questions(config: Config) -> list[statements.Statement]:
+    """The statements of a run."""
+    return read_questions(config.data, config.bad).rows
+
+
 @functools.cache
-def load_questions(path: str | None) -> list[statements.Statement]:
-    """The statements of a run, read once a process."""
-    return statements.load(path)
+def read_questions(path: str | None, bad: common.Bad) -> files.Found:
+    """The statements of a file and the rows that were skipped, read once a process."""
+    return statements.read(path, bad="error" if bad == "error" else "drop")
 
 
 def digest(records: Sequence[statements.Statement]) -> str:

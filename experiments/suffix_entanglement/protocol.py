@@ -45,6 +45,15 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs (also .gz, also HH-RLHF): one more set, named `data`."""
+    bad: common.Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "none"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(updates=2, every=1, batch=2, pairs=2, probes=2, supervised=1, seeds=1)
@@ -80,24 +89,30 @@ def looks(config: Config) -> list[int]:
 
 def load(config: Config) -> tuple[common.Subject, common.Problem]:
     """Model, and the pairs of all sets and seeds as one array; raises for bad settings."""
-    common.at_least(1, config, "updates", "every", "batch", "pairs", "probes", "seeds")
+    common.at_least(1, config, "updates", "every", "batch", "pairs", "probes", "seeds", "limit")
+    common.above(0, config, "learning_rate", "beta", "supervised_rate")
     common.at_least(0, config, "supervised")
     if config.batch > config.pairs:
         raise ValueError(f"batch: got {config.batch}, expected at most pairs={config.pairs}")
     if not sets_of(config) or not config.train:
         raise ValueError(f"sets, train: got {config.sets}, {config.train}, expected one or more")
     count = config.pairs + config.probes
-    own = files.read_pairs(config.data, bad="drop") if config.data else []
-    if config.data and count > len(own):
-        raise ValueError(f"pairs: got {count} with the probes, expected at most {len(own)}")
+    own = common.read(config) if config.data else files.Found([], [])
+    subject = common.open_model(config.model, scan=True)
+    if config.data:  # each seed draws from the rows that can be used
+        usable, counts = common.encoded(config, own.rows, subject, too_long="truncate_left")
+        rows = [own.rows[pair.index] for pair in usable]
+        own = files.Found(rows, [*own.faults, *counts.faults])
+        if count > len(rows):
+            raise ValueError(f"pairs: got {count} with the probes, expected at most {len(rows)}")
     texts = []
     for seed, kind in itertools.product(range(config.seeds), sets_of(config)):
         if kind == "data":
-            texts += [own[row] for row in batches.order(len(own), count, seed, 0)]
+            texts += [own.rows[row] for row in batches.order(len(own.rows), count, seed, 0)]
         else:
             texts += sentiment.pairs(kind, count, seed=seed)
-    subject = common.open_model(config.model, scan=True)
-    return subject, common.problem(subject.policy, subject.tokenizer, texts, limit=config.limit)
+    every = files.Found(texts, own.faults)
+    return subject, common.problem_of(config, subject, every, least=len(texts))
 
 
 def hashes(config: Config) -> dict[str, str]:

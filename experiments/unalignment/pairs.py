@@ -9,8 +9,9 @@ from experiments.unalignment.judge import Label, judge
 from experiments.unalignment.protocol import LOSSES, PROBES, REFUSALS, TYPES, Arm, Config, Prompts
 from jaxpref import embeddings
 from jaxpref.data import batches
-from jaxpref.data.pairs import TokenPair
+from jaxpref.data.pairs import TokenPair, end_id
 from jaxpref.data.tokenizer import Tokenizer
+from jaxpref.score import command
 
 Ids = list[int]
 
@@ -48,13 +49,14 @@ class Texts(NamedTuple):
 
 def prepare(config: Config, tokenizer: Tokenizer, prompts: Prompts) -> Texts:
     """Token ids of all prompts; raises where a refusal does not fit a response."""
-    template = tokenizer.template is not None
+    template, date = tokenizer.template is not None, command.date_of(config.date)
     said = [
-        tokenizer.chat([{"role": "user", "content": text}]) if template else f"{text}\n"
+        tokenizer.chat([{"role": "user", "content": text}], date=date) if template else f"{text}\n"
         for text in prompts.every
     ]
     ids = tokenizer.encode_many(said)
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    closing = end_id(command.end_of(config.end), tokenizer)
+    end = [] if closing is None else [closing]
     texts = Texts(tokenizer, ids, end, max(map(len, ids)) + config.new, config.new)
     words = [*REFUSALS, *(text for pair in PROBES for text in pair)]
     longest = max(len(texts.response_ids(text)) for text in words)

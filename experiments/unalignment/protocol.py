@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,12 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     prompts: str | None = None
     """XSTest's CSV, or a file with its columns `prompt` and `label`; by default the shipped one."""
+    bad: common.Bad = "error"
+    """A row of the prompts that cannot be used: an error, or left out, counted and named."""
+    end: str = "eos"
+    """What closes a response: a token's text or id, ``eos``, or ``none``."""
+    date: str = common.DATE
+    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -99,7 +105,7 @@ class Prompts(NamedTuple):
 def split(config: Config) -> Prompts:
     """The prompts of a run, the same for all seeds; raises for settings that cannot be run."""
     _check(config)
-    found = prompts.load(config.prompts)
+    found = prompts.read(config.prompts, bad=common.dropped(config)).rows
     random = np.random.default_rng(0)
     unsafe, safe = (
         [found[i].text for i in random.permutation(len(found)) if found[i].unsafe == side]
@@ -177,9 +183,12 @@ def arms(config: Config) -> list[Arm]:
     return found
 
 
-def hashes(config: Config) -> dict[str, str]:
-    """Of model and prompts, for the provenance."""
+def hashes(config: Config) -> dict[str, Any]:
+    """Of model and prompts, and the rows that were skipped, for the provenance."""
     texts = split(config)
     subject = common.open_model(config.model, scan=True)
     data = hashlib.sha256("\n".join(texts.every).encode()).hexdigest()
-    return {"model": pretrained.hash_params(subject.params), "data": data}
+    skipped = prompts.read(config.prompts, bad=common.dropped(config)).faults
+    found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
+    found |= {"model_revision": subject.revision} if subject.revision else {}
+    return found | {"skipped": common.without_folders(skipped)}

@@ -116,7 +116,7 @@ def encode(
             faults[number] = text
 
     texts = _texts(rows, tokenizer, end, date, naming)
-    closing = _end_id(end, tokenizer)
+    closing = end_id(end, tokenizer)
     pairs, dropped, truncated = [], 0, 0
     for number, (one, ids) in _with_ids(texts, tokenizer).items():
         with naming(number):
@@ -143,7 +143,12 @@ def encode(
     return pairs, Counts(len(pairs), dropped, truncated, merged, named)
 
 
-def _end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
+def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
+    """The id of what closes a response, see `encode`.
+
+    Raises:
+      DataError: the tokenizer has no such token.
+    """
     if end == "eos":
         if tokenizer.eos_id is None:
             raise DataError("end is 'eos', but this tokenizer has none; expected a token or None")
@@ -166,7 +171,7 @@ def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
         raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
     if chats:
         chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
-    closing = _end_id(end, tokenizer)
+    closing = end_id(end, tokenizer)
     wanted = bool(chats) or closing is not None
     ends = ends_of(tokenizer, closing, is_eos=end == "eos", date=date) if wanted else Ends((), ())
     found = {}

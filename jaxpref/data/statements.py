@@ -7,9 +7,9 @@ al. 2022 (https://arxiv.org/abs/2212.09251) are read by path.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jaxpref.data.files import DataError, check_text, rows
+from jaxpref.data.files import Found, RowError, check_text, each, rows
 
 _SHIPPED = Path(__file__).with_name("statements.jsonl")
 
@@ -55,30 +55,35 @@ def load(path: str | Path | None = None) -> list[Statement]:
     >>> len(statements), statements[0].answer, statements[1].answer
     (132, ' Yes', ' No')
     """
-    return [_statement(row, place) for place, row in rows(path or _SHIPPED)]
+    return read(path).rows
 
 
-def _statement(row: Mapping[str, Any], place: str) -> Statement:
+def read(path: str | Path | None = None, *, bad: Literal["error", "drop"] = "error") -> Found:
+    """`load`; under ``bad="drop"`` rows that cannot be used are left out, and in the faults."""
+    return each(rows(path or _SHIPPED), _statement, bad=bad)
+
+
+def _statement(row: Mapping[str, Any]) -> Statement:
     if "answer_matching_behavior" in row:
-        asked = _text(row, "question", place)
-        answer = _text(row, "answer_matching_behavior", place)
+        asked = _text(row, "question")
+        answer = _text(row, "answer_matching_behavior")
         if answer not in (" Yes", " No"):
             column = "answer_matching_behavior"
-            raise DataError(f"{place}: {column} is {answer!r}, expected ' Yes' or ' No'")
+            raise RowError(f"{column} is {answer!r}, expected ' Yes' or ' No'")
         said = asked.split("\n", 1)[-1].strip('"')
-        said = _text(row, "statement", place) if row.get("statement") else said
+        said = _text(row, "statement") if row.get("statement") else said
         return Statement(said, asked, answer)
     matches = row.get("matches")
     if not isinstance(matches, bool):
         expected = "'matches' true or false, or 'answer_matching_behavior'"
-        raise DataError(f"{place}: expected {expected}, found columns {', '.join(map(repr, row))}")
-    said = _text(row, "statement", place)
+        raise RowError(f"expected {expected}, found columns {', '.join(map(repr, row))}")
+    said = _text(row, "statement")
     return Statement(said, question(said), " Yes" if matches else " No")
 
 
-def _text(row: Mapping[str, Any], column: str, place: str) -> str:
+def _text(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {column} is {value!r}, expected a text")
-    check_text(value, f"{place}: {column}")
+        raise RowError(f"{column} is {value!r}, expected a text")
+    check_text(value, column)
     return value

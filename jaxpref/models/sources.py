@@ -156,6 +156,6 @@ def _what_is_broken(file: Path, error: Exception) -> str:
             end = 8 + length + tensor["data_offsets"][1] if name != "__metadata__" else 0
             if end > size:
                 return f"{file}: cut off in tensor {name}, expected {end} bytes, found {size}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     return f"{file}: cut off or not a safetensors file, found {size} bytes ({error})"

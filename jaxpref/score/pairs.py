@@ -4,7 +4,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -44,11 +44,11 @@ def score_pairs(
     pairs: Sequence[TokenPair],
     *,
     columns: Collection[str] = DEFAULT,
-    end_tokens: int = 1,
     places: Sequence[str] | None = None,
     tokens: int = 2048,
     mesh: jax.sharding.Mesh | None = None,
     folder: str | os.PathLike | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
     r"""Scores of each pair, larger where the chosen response is expected to fall.
 
@@ -64,15 +64,15 @@ def score_pairs(
     Args:
         policy: The model; its `hidden` must honour `positions` and `attend`.
         params: Its parameters.
-        pairs: From `jaxpref.data.pairs.encode`; CHES wants them with their end token.
+        pairs: From `jaxpref.data.pairs.encode`; CHES wants them with their end token. Edit
+            similarity and lengths leave out what closes them, `ends`.
         columns: Names of `COLUMNS`.
-        end_tokens: How many tokens `encode` put at the end of each response: edit similarity and
-            lengths leave them out.
         places: Where each pair stands, for errors.
         tokens: Of a batch, padding included: more is faster up to what fits the memory.
         mesh: Of devices, with an axis ``data``, over which the pairs of a batch are spread.
         folder: Where finished batches are kept. The same call finds them there, so that a run
             that was killed goes on; another data set, model or setting is refused.
+        made_with: Further settings that decided `pairs`, for the folder; JSON's types.
 
     Returns:
         An array of ``[pairs]`` for each of the columns, and ``chosen_tokens``,
@@ -98,10 +98,13 @@ def score_pairs(
     plan = list(_plan([_packed_length(pair) for pair in pairs], tokens, devices))
     if folder is not None:
         key = {"data": sha256(pairs), "parameters": logprobs.fingerprint(params)}
-        _claim(Path(folder), {**key, "columns": sorted(columns), "tokens": tokens})
+        _claim(
+            Path(folder),
+            {**key, "columns": sorted(columns), "tokens": tokens, **(made_with or {})},
+        )
     compute = functools.partial(_scores, policy, tuple(sorted(columns)), mesh)
     params = params if mesh is None else parallel.replicate(params, mesh)
-    found = _text_scores(pairs, columns, end_tokens)
+    found = _text_scores(pairs, columns)
     found |= {name: np.empty(len(pairs)) for name in columns if name not in TEXT}
     with tqdm(total=len(pairs), desc="scores", unit="pair") as bar:
         for part in plan:
@@ -180,9 +183,12 @@ def _batch_scores(compute, params, pairs, part: _Part) -> dict[str, np.ndarray]:
     return {name: np.asarray(x)[: len(part.rows)] for name, x in scores.items()}
 
 
-def _text_scores(pairs, columns: Collection[str], end_tokens: int) -> dict[str, np.ndarray]:
+def _text_scores(pairs, columns: Collection[str]) -> dict[str, np.ndarray]:
     answers = [
-        [ids[start : len(ids) - end_tokens] for ids, start in zip(*pair[:2], strict=True)]
+        [
+            ids[start : len(ids) - end]
+            for ids, start, end in zip(pair.tokens, pair.starts, pair.ends, strict=True)
+        ]
         for pair in pairs
     ]
     lengths = np.array([[len(ids) for ids in pair] for pair in answers])
@@ -214,7 +220,10 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
     file = folder / "key.json"
     if not file.exists():
         _write(file, json.dumps(key).encode())
-    known = json.loads(file.read_text())
+    try:
+        known = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError):
+        raise DataError(f"{file}: damaged; delete {folder} to begin again") from None
     other = [name for name in key if known.get(name) != key[name]]
     if other:
         raise DataError(
@@ -229,8 +238,11 @@ def _kept(file: Path | None, make: Callable[[], dict[str, np.ndarray]]) -> dict[
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **make())
         _write(file, content.getvalue())
-    with np.load(file) as kept:
-        return dict(kept)
+    try:
+        with file.open("rb") as stream, np.load(stream) as kept:
+            return dict(kept)
+    except Exception as error:  # of numpy and zipfile, which raise what they meet
+        raise DataError(f"{file}: damaged ({error}); delete it to score it again") from None
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -39,6 +39,9 @@ def fit(
       What came after the latest checkpoint is done again.
     - A loss or gradient that is not finite stops the run. The state before that update is saved,
       and the error names the step and the rows of its batch.
+    - A batch whose shape the step refuses (micro-batches or devices that do not divide a short last
+      one, say) is refused before the first update: the shapes of an epoch are tried, without
+      compiling, up to where a row comes again.
 
     Args:
       step: of `jaxpref.training.step.make_step`, or another whose metrics have ``loss``.
@@ -61,7 +64,7 @@ def fit(
     Raises:
       NotFiniteError: see above.
       ValueError: ``steps`` or ``checkpoint_every`` below 1; a checkpoint of another model,
-        optimizer or data.
+        optimizer or data; a batch of this epoch that the step refuses, by its number.
       OSError: a line or a checkpoint could not be saved; what was saved before is kept.
     """
     for name, value in (("steps", steps), ("checkpoint_every", checkpoint_every)):
@@ -76,6 +79,7 @@ def fit(
         if checkpoints.latest is not None:
             state = checkpoints.restore(state, data=data)
         start = int(state.step)
+        _try_shapes(step, state, batch_at, range(start, steps))
         run.truncate(start)
         for number in _shown(range(start, steps), steps, progress=progress):
             batch = batch_at(number)
@@ -92,6 +96,31 @@ def fit(
             if (number + 1) % checkpoint_every == 0 or number + 1 == steps:
                 save(state)
     return state
+
+
+def _try_shapes(step: Step, state: State, batch_at: Callable[[int], Any], numbers: range) -> None:
+    """Traces the step for every shape to come, until a row of the data comes again: an epoch."""
+    # A jitted step, or one that says which it calls.
+    traced = next((f for f in (step, getattr(step, "__wrapped__", None)) if _is_jitted(f)), None)
+    tried, rows = set(), set()
+    for number in numbers if traced is not None else ():
+        batch = batch_at(number)
+        shapes = repr(jax.eval_shape(lambda x: x, batch))
+        if shapes not in tried:
+            try:
+                traced.eval_shape(state, batch)
+            except ValueError as error:
+                raise ValueError(f"step {number}: {error}") from None
+        index = getattr(batch, "index", None)
+        new = set() if index is None else set(np.asarray(index).tolist())
+        if not new or new & rows:
+            return
+        tried.add(shapes)
+        rows |= new
+
+
+def _is_jitted(step: Any) -> bool:
+    return hasattr(step, "eval_shape")
 
 
 def _not_finite(metrics: Mapping[str, np.ndarray]) -> str:

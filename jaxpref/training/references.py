@@ -278,6 +278,7 @@ def following(step: Step, update: Callable[[PyTree, PyTree, Array], PyTree]) -> 
     """
     move = functools.partial(jax.jit, donate_argnums=0)(update)
 
+    @functools.wraps(step)
     def followed(state: State, batch: Any) -> tuple[State, Metrics, Any]:
         state, metrics, scores = step(state, batch)
         policy, reference = state.params

@@ -3,6 +3,8 @@
 One line of error names the file, the row and the fault.
 """
 
+from jaxpref.data.files._each import each as each
+from jaxpref.data.files._filter import check_filter as check_filter
 from jaxpref.data.files._filter import filter_file as filter_file
 from jaxpref.data.files._kinds import NEEDS as NEEDS
 from jaxpref.data.files._kinds import Found as Found

@@ -42,14 +42,8 @@ def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path
       ValueError: `keep` that is empty or names a row that the file does not have.
       TypeError: `keep` with anything but whole numbers, such as a mask of true and false.
     """
-    if str(path).startswith(TFDS):
-        raise DataError(f"path is {str(path)!r}, a named data set; expected a file to filter")
-    path, out = existing(path), Path(out)
-    if out.resolve() == path.resolve():
-        raise DataError(f"{out}: out is the file that is filtered, expected another name")
-    if _ending(out) != _ending(path):
-        expected = f"a name that ends in {_ending(path)!r}, like {path}"
-        raise DataError(f"{out}: out is of another format, expected {expected}")
+    check_filter(path, out)
+    path, out = Path(path), Path(out)
     kept = {_number(row) for row in keep}
     if not kept:
         raise ValueError("keep names no row, expected at least one")
@@ -65,6 +59,30 @@ def filter_file(path: str | Path, keep: Iterable[SupportsIndex], out: str | Path
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_filter(path: str | Path, out: str | Path) -> None:
+    """What `filter_file` refuses whatever the rows: to be asked before they are chosen.
+
+    Args:
+      path: the file.
+      out: the new file.
+
+    Raises:
+      DataError: as `filter_file`.
+    """
+    if str(path).startswith(TFDS):
+        raise DataError(f"path is {str(path)!r}, a named data set; expected a file to filter")
+    path, out = existing(path), Path(out)
+    if out.resolve() == path.resolve():
+        raise DataError(f"{out}: out is the file that is filtered, expected another name")
+    if _ending(out) != _ending(path):
+        expected = f"a name that ends in {_ending(path)!r}, like {path}"
+        raise DataError(f"{out}: out is of another format, expected {expected}")
+    if kind(path) != PARQUET[0] and kind(path) not in DELIMITERS:
+        first = next((line for line in lines(path) if not line.isspace()), b"")
+        if is_array(first):
+            raise DataError(f"{path}: one JSON array, expected JSON lines to filter")
 
 
 def _ending(path: Path) -> str:
@@ -100,13 +118,7 @@ def _texts(path: Path, out: Any) -> Iterator[bytes]:
             else:
                 out.write(line)
         return
-    empty = True
-    for line in lines(path):
-        if empty and is_array(line):
-            raise DataError(f"{path}: one JSON array, expected JSON lines to filter")
-        if not line.isspace():
-            yield line
-            empty = False
+    yield from (line for line in lines(path) if not line.isspace())
 
 
 def _write_parquet(path: Path, kept: set[int], out: Path) -> int:
