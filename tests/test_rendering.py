@@ -281,6 +281,14 @@ def test_names_of_the_template_s_own_arguments_are_not_variables(plain):
     assert found[0].startswith("[x<turn>")
 
 
+def test_tools_are_shown_by_the_template(plain):
+    tokenizer = with_template(plain, "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    row = TextPair([USER], "yes", "no")
+    for tools, start in [([{"f": 1}], '[{"f": 1}]<turn>'), ([], "<turn>"), (None, "<turn>")]:
+        assert responses(row._replace(tools=tools), tokenizer)[0].startswith(start)
+    assert "a text with tools" in fault(TextPair("q", "yes", "no", tools=[{"f": 1}]), plain)
+
+
 # One rule for rows
 
 
