@@ -200,6 +200,7 @@ def test_null_is_absent_and_text_parts_are_one_text(plain, content, text):
         ({"role": "user", "content": {"text": "a"}}, "message 2: content is a dict"),
         ({"role": "user", "content": ["a"]}, "content holds a part of type 'str', expected text"),
         ({"role": "user", "content": [{"type": "image"}]}, "a part of type 'image'"),
+        ({"role": "user", "content": [{"type": "audio", "text": "a"}]}, "a part of type 'audio'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "a part of type 'text'"),
         ({"role": 1, "content": "a"}, "message 2: role is a int, expected a text"),
     ],
