@@ -200,6 +200,7 @@ def test_null_is_absent_and_text_parts_are_one_text(plain, content, text):
         ({"role": "user", "content": {"text": "a"}}, "message 2: content is a dict"),
         ({"role": "user", "content": ["a"]}, "content holds a part of type 'str', expected text"),
         ({"role": "user", "content": [{"type": "image"}]}, "a part of type 'image'"),
+        ({"role": "user", "content": [{"type": "audio", "text": "a"}]}, "a part of type 'audio'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "a part of type 'text'"),
         ({"role": 1, "content": "a"}, "message 2: role is a int, expected a text"),
     ],
@@ -279,6 +280,14 @@ def test_names_of_the_template_s_own_arguments_are_not_variables(plain):
     row = TextPair([USER], "yes", "no", template_kwargs={"bos_token": "[", "more": "x"})
     found = responses(row, with_template(plain, "{{ bos_token }}{{ more }}" + CHATML))
     assert found[0].startswith("[x<turn>")
+
+
+def test_tools_are_shown_by_the_template(plain):
+    tokenizer = with_template(plain, "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
+    row = TextPair([USER], "yes", "no")
+    for tools, start in [([{"f": 1}], '[{"f": 1}]<turn>'), ([], "<turn>"), (None, "<turn>")]:
+        assert responses(row._replace(tools=tools), tokenizer)[0].startswith(start)
+    assert "a text with tools" in fault(TextPair("q", "yes", "no", tools=[{"f": 1}]), plain)
 
 
 # One rule for rows
