@@ -93,9 +93,9 @@ def main() -> None:
         sys.exit(f"no_vs_never: unknown {' '.join(unknown)}, expected what {program} --help lists")
     config = options.config
     with command.one_line("no_vs_never", again="--resume goes on"):
-        common.finite(config)
         common.at_least(1, options, "workers")
         _validate(config)
+        common.finite(config)
         skipped = read_questions(config.data, config.bad).faults
         model = load_model(config.model)
         made_of = {

@@ -144,7 +144,14 @@ def encode(
 
 
 def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
-    """The id of what closes a response, see `encode`.
+    """The id of what closes a response.
+
+    Args:
+      end: as in `encode`.
+      tokenizer: the model's.
+
+    Returns:
+      The id, or None for nothing.
 
     Raises:
       DataError: the tokenizer has no such token.

@@ -59,7 +59,18 @@ def load(path: str | Path | None = None) -> list[Statement]:
 
 
 def read(path: str | Path | None = None, *, bad: Literal["error", "drop"] = "error") -> Found:
-    """`load`; under ``bad="drop"`` rows that cannot be used are left out, and in the faults."""
+    """`load`, with the choice to leave out rows that cannot be used.
+
+    Args:
+      path: as in `load`.
+      bad: such a row is an error, or with ``"drop"`` left out and in the faults.
+
+    Returns:
+      The statements, and a line for each row that was left out.
+
+    Raises:
+      DataError: as `load`.
+    """
     return each(rows(path or _SHIPPED), _statement, bad=bad)
 
 
