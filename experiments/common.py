@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from jaxpref import gradients, logprobs, runs
-from jaxpref.data import batches, chat, files, preferences
+from jaxpref.data import batches, chat, files, hub, preferences
 from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
 from jaxpref.data.pairs import Counts, TokenPair, TooLong, encode, sha256
@@ -361,7 +361,7 @@ def command(
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
     with line.one_line(experiment, again="--resume goes on"):
         finite(settings)
-        made_of = hashes(settings)
+        made_of = {**hashes(settings), **hub.data_revision(getattr(settings, "data", None))}
         run_folder = runs.create(
             experiment,
             options.name,

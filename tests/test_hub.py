@@ -10,7 +10,7 @@ from test_pretrained import CONFIG, make_params, same, write_folder
 
 from experiments import common
 from jaxpref.data import hub
-from jaxpref.data.files import DataError
+from jaxpref.data.files import DataError, filter_file, read_pairs
 from jaxpref.models import pretrained
 from jaxpref.models.pretrained import PretrainedError
 
@@ -163,8 +163,31 @@ def test_a_data_set_without_parquet_files_is_read_from_the_hubs_conversion(cache
 
 
 def test_the_commit_is_part_of_a_runs_provenance():
-    params, problem = {"w": np.zeros(2, np.float32)}, types.SimpleNamespace(digest="d")
+    params, problem = {"w": np.zeros(2, np.float32)}, types.SimpleNamespace(digest="d", skipped=())
     local = common.hashes(common.Subject(None, params, None), problem)
     named = common.hashes(common.Subject(None, params, None, FIRST), problem)
-    assert set(local) == {"model", "data"}
+    assert set(local) == {"model", "data", "skipped"}
     assert named == {**local, "model_revision": FIRST}
+
+
+def test_rows_are_read_by_name_and_the_commit_is_kept(cache):
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    rows = [{"prompt": "q", "chosen": "a", "rejected": r} for r in "bc"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    content = sink.getvalue().to_pybytes()
+    files = {f"data/train-0000{i}-of-00002.parquet": content for i in range(2)}
+    keep(cache, "dataset", "org/pairs", FIRST, files, "main")
+    pairs = read_pairs("org/pairs")
+    assert [(pair.rejected, pair.row) for pair in pairs] == [("b", 0), ("c", 1), ("b", 2), ("c", 3)]
+    assert pairs[3].place.endswith("train-00001-of-00002.parquet, row 1")
+    assert hub.data_revision("org/pairs:train") == {"data_revision": FIRST}
+    assert hub.data_revision("org/pairs.jsonl") == hub.data_revision(None) == {}
+    with pytest.raises(DataError, match=r"org/pairs.jsonl: no such file"):
+        read_pairs("org/pairs.jsonl")
+    with pytest.raises(DataError, match="dataset org/others: no such path here"):
+        read_pairs("org/others")
+    with pytest.raises(DataError, match="expected a file to filter"):
+        filter_file("org/pairs", [0], cache / "out.parquet")

@@ -331,14 +331,25 @@ def test_special_tokens_keep_the_meaning_that_their_file_gives_them(pieces_folde
 MESSAGE = {"role": "user", "content": "he"}
 
 
+def assert_templates(tokenizer, plain, with_tools):
+    assert tokenizer.chat([MESSAGE]) == plain
+    assert tokenizer.chat([MESSAGE], tools=[{"name": "look"}]) == with_tools
+
+
 def test_the_template_file_comes_before_the_configuration(pieces_folder, tmp_path):
-    entries = [{"name": "tools", "template": "no"}, {"name": "default", "template": "named"}]
+    entries = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
+    entries.append({"name": "rag", "template": "no"})
     folder = changed(pieces_folder, tmp_path, chat_template=entries)
-    assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "named"
+    assert_templates(Tokenizer.from_folder(folder), "named", "tools")
+    Tokenizer.from_folder(folder).save(tmp_path / "saved")
+    assert_templates(Tokenizer.from_folder(tmp_path / "saved"), "named", "tools")
     changed(pieces_folder, tmp_path, chat_template="plain")
     assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "plain"
     (folder / "chat_template.jinja").write_text("file {{ bos_token }}")
-    assert Tokenizer.from_folder(folder).chat([MESSAGE]) == "file <s>"
+    assert_templates(Tokenizer.from_folder(folder), "file <s>", "file <s>")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools of a file")
+    assert_templates(Tokenizer.from_folder(folder), "file <s>", "tools of a file")
 
 
 def test_gguf_of_another_kind_is_an_error_that_names_the_known_ones(tmp_path):

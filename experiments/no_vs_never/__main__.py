@@ -23,6 +23,7 @@ from experiments.no_vs_never.protocol import (
     tokenizer_of,
 )
 from jaxpref import runs
+from jaxpref.data import hub
 from jaxpref.models import pretrained
 from jaxpref.score import command
 
@@ -103,6 +104,7 @@ def main() -> None:
             "data": digest(load_questions(config)),
             "skipped": common.without_folders(skipped),
             **({"model_revision": model.revision} if model.revision else {}),
+            **hub.data_revision(config.data),
         }
         run_folder = runs.create(
             "no_vs_never",

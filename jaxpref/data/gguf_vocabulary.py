@@ -89,10 +89,12 @@ def from_gguf(path: str | Path) -> Vocabulary:
     adds_bos = metadata.get("tokenizer.ggml.add_bos_token", model == PIECES or kind in _WHOLE_WORDS)
     adds_bos = bool(adds_bos) and "bos_token" in special
     opened(path, lambda: put_bos(backend, special["bos_token"] if adds_bos else None))
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise DataError(f"{path}: tokenizer.chat_template is no text")
-    return Vocabulary(probed(backend, path), special, adds_bos, template)
+    templates = []
+    for name in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
+        templates.append(metadata.get(name))
+        if templates[-1] is not None and not isinstance(templates[-1], str):
+            raise DataError(f"{path}: {name} is no text")
+    return Vocabulary(probed(backend, path), special, adds_bos, *templates)
 
 
 def _byte_level_bpe(tokens: list[str], merges: list[Any], kind: str) -> tokenizers.Tokenizer:

@@ -15,7 +15,9 @@ _NAME = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w./-]+))?(?:@([\w./-]+))?")
 _MODEL = (
     "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
+_FILES = (".gguf", ".jsonl", ".json", ".csv", ".tsv", ".gz", ".parquet", ".pq", ".txt")
 _CONVERTED = "refs/convert/parquet"  # the branch on which the hub keeps every data set as Parquet
 
 
@@ -45,7 +47,7 @@ def parse(name: str) -> Name | None:
     True
     """
     found = _NAME.fullmatch(name)
-    if found is None or name.startswith(".") or name.endswith((".gguf", ".jsonl", ".parquet")):
+    if found is None or name.startswith(".") or name.endswith(_FILES):
         return None
     return Name(found[1], found[2], found[3])
 
@@ -61,6 +63,21 @@ def model(name: str) -> Snapshot:
         that says what to do.
     """
     return _snapshot(name, "model", _MODEL, None)
+
+
+def is_named(path: str | Path) -> bool:
+    """Whether a name of the hub stands where a path might: no such path is here.
+
+    >>> is_named("org/name"), is_named("org/pairs.csv")
+    (True, False)
+    """
+    return isinstance(path, str) and parse(path) is not None and not Path(path).exists()
+
+
+def data_revision(path: str | Path | None) -> dict[str, str]:
+    """For a provenance: the commit of a data set of the hub, nothing for a path."""
+    named = path is not None and is_named(path)
+    return {"data_revision": parquet(str(path))[1]} if named else {}
 
 
 def parquet(name: str) -> tuple[list[Path], str]:

@@ -41,12 +41,14 @@ class Tokenizer:
       special: names to texts of special tokens, such as ``{"eos_token": "</s>"}``.
       adds_bos: whether the model was trained with a BOS in front of every text.
       template: the chat template (Jinja), or None.
+      tool_template: the one for conversations with tools, or None where it is the same.
     """
 
     backend: tokenizers.Tokenizer
     special: Mapping[str, str]
     adds_bos: bool
     template: str | None = None
+    tool_template: str | None = None
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -174,11 +176,12 @@ class Tokenizer:
           RowError: the template refuses these messages.
           DataError: no template, or a broken one.
         """
-        if self.template is None:
+        template = self.template if tools is None else self.tool_template or self.template
+        if template is None:
             raise DataError("chat: this tokenizer has no chat template; pass the prompt as text")
         values = {**self.special, "documents": None, **variables, "tools": tools}
         return chat.conversation(
-            self.template,
+            template,
             messages,
             values,
             add_generation_prompt=add_generation_prompt,
@@ -197,6 +200,11 @@ class Tokenizer:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         if self.template is not None:
             config["chat_template"] = self.template
+        if self.tool_template is not None:
+            named = {"default": self.template, "tool_use": self.tool_template}
+            config["chat_template"] = [
+                {"name": name, "template": x} for name, x in named.items() if x is not None
+            ]
         backend, bos = self.backend, self.special.get("bos_token")
         if (backend.encode("a").ids[:1] == [self.bos_id]) != self.adds_bos:
             backend = tokenizers.Tokenizer.from_str(backend.to_str())

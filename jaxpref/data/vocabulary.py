@@ -21,6 +21,7 @@ class Vocabulary(NamedTuple):
     special: dict[str, str]
     adds_bos: bool
     template: str | None
+    tool_template: str | None = None
 
 
 def from_folder(path: str | Path) -> Vocabulary:
@@ -57,7 +58,7 @@ def from_folder(path: str | Path) -> Vocabulary:
     _add(backend, [*named.values(), *extra], place, again=False)
     special = {name: _text(token) for name, token in named.items()}
     adds_bos = opened(file, lambda: _front(probed(backend, file), special, file))
-    return Vocabulary(backend, special, adds_bos, _template(folder, config))
+    return Vocabulary(backend, special, adds_bos, *_templates(folder, config))
 
 
 def _listed(tokens: Any, place: Path) -> list[Any]:
@@ -184,18 +185,28 @@ def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
+def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The chat template, and the one for conversations with tools where that is another."""
+    file, named = folder / "chat_template.jinja", {}
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise DataError(f"{file}: not UTF-8 ({error})") from None
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several by name
-        named = [entry for entry in found if isinstance(entry, dict)]
-        found = next((x.get("template") for x in named if x.get("name") == "default"), None)
-    if found is not None and not isinstance(found, str):
-        place = folder / "tokenizer_config.json"
-        raise DataError(f"{place}: chat_template is {type(found).__name__}, expected a text")
-    return found
+        more = folder / "additional_chat_templates" / "tool_use.jinja"
+        named = {"default": _utf8(file), "tool_use": _utf8(more) if more.is_file() else None}
+    elif isinstance(found := config.get("chat_template"), list):  # several by name
+        for entry in found:
+            if isinstance(entry, dict):
+                named[str(entry.get("name"))] = entry.get("template")
+    else:
+        named["default"] = found
+    for template in (found := [named.get(name) for name in ("default", "tool_use")]):
+        if template is not None and not isinstance(template, str):
+            place = folder / "tokenizer_config.json"
+            kind = type(template).__name__
+            raise DataError(f"{place}: chat_template is {kind}, expected a text")
+    return found[0], found[1]
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DataError(f"{file}: not UTF-8 ({error})") from None

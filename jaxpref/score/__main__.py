@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from jaxpref.data import chat, files
+from jaxpref.data import chat, files, hub
 from jaxpref.data.files import TextPair
 from jaxpref.data.files._rows import needed
 from jaxpref.models import pretrained
@@ -34,11 +34,13 @@ class Options:
     """What to score, and where to put it."""
 
     data: str
-    """A file of pairs: JSONL, JSON, CSV, HH-RLHF (.gz too) or Parquet; or ``tfds:NAME``."""
+    """A file of pairs: JSONL, JSON, CSV, HH-RLHF (.gz too) or Parquet; ``tfds:NAME``; or a
+    data set of the Hugging Face hub, ``org/name:split@revision``."""
     out: Path
     """Parquet file of the scores."""
     model: str | None = None
-    """A Hugging Face folder or a GGUF file; by default SmolLM2-135M-Instruct."""
+    """A Hugging Face folder, a GGUF file, or ``org/name@revision`` of the hub; by default
+    SmolLM2-135M-Instruct."""
     scores: tuple[Score, ...] = DEFAULT
     """Which scores."""
     columns: str = ""
@@ -101,6 +103,7 @@ def main(options: Options) -> dict[str, np.ndarray]:
     about = {
         "model": model.source.name,
         "revision": model.revision,
+        **hub.data_revision(options.data),
         **made_with,
         "skipped": skipped,
     }

@@ -71,7 +71,9 @@ def check_filter(path: str | Path, out: str | Path) -> None:
     Raises:
       DataError: as `filter_file`.
     """
-    if str(path).startswith(TFDS):
+    from jaxpref.data import hub
+
+    if str(path).startswith(TFDS) or hub.is_named(path):
         raise DataError(f"path is {str(path)!r}, a named data set; expected a file to filter")
     path, out = existing(path), Path(out)
     if out.resolve() == path.resolve():

@@ -5,6 +5,7 @@ import csv
 import gzip
 import importlib
 import io
+import itertools
 import json
 import sys
 import zlib
@@ -66,7 +67,8 @@ def rows(path: str | Path) -> Iterator[Row]:
 
     A name that ends in ``.parquet`` or ``.pq`` is Parquet, one in ``.csv`` or ``.tsv`` a table of
     texts (see `csv_rows`), and their places are ``"FILE, row N"``, counted from 0. ``"tfds:NAME"``
-    is a data set of `jaxpref.data.builders`. Any other file is one of JSON lines, see
+    is a data set of `jaxpref.data.builders`; where there is no such file, ``"org/name"`` is one of
+    the Hugging Face hub, see `jaxpref.data.hub.parquet`. Any other file is one of JSON lines, see
     `json_lines`. ``.gz`` at the end of a name of texts is unpacked.
 
     Raises:
@@ -77,6 +79,11 @@ def rows(path: str | Path) -> Iterator[Row]:
         from jaxpref.data import builders
 
         return builders.rows(str(path).removeprefix(TFDS))
+    from jaxpref.data import hub
+
+    if hub.is_named(path):
+        files, _ = hub.parquet(str(path))
+        return itertools.chain.from_iterable(map(_parquet_rows, files))
     if kind(path) == PARQUET[0]:
         return _parquet_rows(Path(path))
     return csv_rows(path) if kind(path) in DELIMITERS else json_lines(path)
