@@ -101,7 +101,8 @@ def fit(
 def _try_shapes(step: Step, state: State, batch_at: Callable[[int], Any], numbers: range) -> None:
     """Traces the step for every shape to come, until a row of the data comes again: an epoch."""
     # A jitted step, or one that says which it calls.
-    traced = next((f for f in (step, getattr(step, "__wrapped__", None)) if _is_jitted(f)), None)
+    known = (step, getattr(step, "__wrapped__", None))
+    traced: Any = next((f for f in known if _is_jitted(f)), None)
     tried, rows = set(), set()
     for number in numbers if traced is not None else ():
         batch = batch_at(number)
