@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,17 @@ def compiled_fully():
         jax.config.update("jax_disable_most_optimizations", False)
         yield
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def clean():
+    """Starts processes from one that has imported the library and run nothing: new, and soon there.
+
+    They have the settings of a new interpreter, not those of the tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.no_vs_never.__main__", "jaxpref.training.loop"])
+    return context
 
 
 TEMPLATE = (

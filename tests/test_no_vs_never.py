@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 
 import experiments.no_vs_never as lab
 from experiments.no_vs_never import __main__ as command
+from experiments.no_vs_never import measure
 from jaxpref import runs
 
 ROOT = Path(__file__).parents[1]
@@ -216,8 +218,9 @@ def test_finished_cells_are_read_back_and_a_missing_one_is_made_again(made):
     assert file.read_bytes() == content
 
 
-def test_processes_that_share_the_cells_give_the_same_numbers(made, tmp_path):
+def test_processes_that_share_the_cells_give_the_same_numbers(made, clean, tmp_path, monkeypatch):
     config, path, record, _ = made
+    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": clean}.get)
     config, expected = chosen(
         config, record.arrays, learning_rate=(1e-3,), train=("unembedding", "tabular")
     )
@@ -330,59 +333,63 @@ def test_one_prompt_has_no_spread(by_hand):
 # --- stopped and started again
 
 
-KILLED = """
-import os, signal
-from experiments.no_vs_never.__main__ import main
-from jaxpref import runs
-save = runs.save_arrays
-def once(path, arrays):
-    save(path, arrays)
-    "cells" in str(path) and os.kill(os.getpid(), signal.SIGKILL)
-runs.save_arrays = once
-main()
-"""
-HERE_AND_THERE = """
-import os, sys
-from experiments.no_vs_never import measure
-from experiments.no_vs_never.__main__ import main
-for folder in sys.argv.pop(1).split(os.pathsep):
-    os.chdir(folder)
-    main()
-    measure.supervised.cache_clear()  # it knows the folder by its relative name
-"""
+FLAGS_OF_THE_KILLED = (
+    *("--name", "x", "--resume", "--train", "tabular", "--prompts", "1", "--updates", "5"),
+    *("--sft-steps", "1", "--sft-batch", "2"),
+    *("--learning-rates", "1e-3", "3e-4", "1e-4", "3e-5"),
+)
 
 
-def typed(*flags, model, cwd, program=("-m", "experiments.no_vs_never")):
+def killed(model, cwd):
+    """The command in a process that dies once the first cell is kept."""
+    save = runs.save_arrays
+
+    def once(path, arrays):
+        save(path, arrays)
+        if "cells" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    runs.save_arrays = once
+    call(*FLAGS_OF_THE_KILLED, model=model, cwd=cwd)
+
+
+def here_and_there(model, folders):
+    """The command in one folder after the other."""
+    for cwd in folders:
+        call(*FLAGS_OF_THE_KILLED, model=model, cwd=cwd)
+        measure._supervised.cache_clear()  # it knows the folder by its relative name
+
+
+def typed(*flags, model, cwd):
     """The command as a process of its own, started in `cwd`: its exit code, and what it says."""
     done = subprocess.run(
-        [sys.executable, *program, "--model", str(model), *map(str, flags)],
+        [sys.executable, "-m", "experiments.no_vs_never", "--model", str(model), *map(str, flags)],
         cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     return done.returncode, done.stdout
 
 
-def test_a_killed_run_ends_with_the_same_bits(tiny_model, tmp_path):
-    flags = (
-        *("--name", "x", "--resume", "--train", "tabular", "--prompts", "1", "--updates", "5"),
-        *("--sft-steps", "1", "--sft-batch", "2"),
-        *("--learning-rates", "1e-3", "3e-4", "1e-4", "3e-5"),
-    )
-    paths = {}
+def ended(process):
+    """The exit code of a process that is started here."""
+    process.start()
+    process.join(600)
+    return process.exitcode
+
+
+def test_a_killed_run_ends_with_the_same_bits(tiny_model, clean, tmp_path):
+    folders, paths = [], {}
     for folder in ("undisturbed", "killed"):
-        (tmp_path / folder).mkdir()
-        paths[folder] = tmp_path / folder / "runs" / "no_vs_never" / "x"
-    killed = {"model": tiny_model, "cwd": tmp_path / "killed", "program": ("-c", KILLED)}
-    code, said = typed(*flags, **killed)
-    assert code == -signal.SIGKILL, said
+        folders.append(tmp_path / folder)
+        folders[-1].mkdir()
+        paths[folder] = folders[-1] / "runs" / "no_vs_never" / "x"
+    code = ended(clean.Process(target=killed, args=(tiny_model, folders[1])))
+    assert code == -signal.SIGKILL
     first = list((paths["killed"] / "cells").glob("[!.]*.npz"))
     assert len(first) == 1
     assert not (paths["killed"] / "arrays.npz").exists()
     was = first[0].stat().st_mtime_ns
-    folders = os.pathsep.join(str(tmp_path / folder) for folder in paths)
-    both = ("-c", HERE_AND_THERE, folders)
-    code, said = typed(*flags, model=tiny_model, cwd=tmp_path, program=both)
-    assert code == 0, said
+    assert ended(clean.Process(target=here_and_there, args=(tiny_model, folders))) == 0
     assert first[0].stat().st_mtime_ns == was  # read back, not made again
     for name in ("arrays.npz", "metrics.jsonl", "summary.json"):
         assert (paths["killed"] / name).read_bytes() == (paths["undisturbed"] / name).read_bytes()

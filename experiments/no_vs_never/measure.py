@@ -100,13 +100,13 @@ def _logp_of(train: str, policy) -> Callable[[Any, Prompt], jax.Array]:
     }[train]
 
 
-def _margin_loss(config: Config, name: str) -> Callable:
+def _margin_loss(name: str, beta: float, tau: float) -> Callable:
     """The named loss of ``(scores, batch)``, its hyperparameters bound."""
     return {
-        "dpo": lambda s, b: losses.dpo(s.logp, b.reference, beta=config.beta),
-        "ipo": lambda s, b: losses.ipo(s.logp, b.reference, tau=config.tau),
-        "hinge": lambda s, b: losses.hinge(s.logp, b.reference, beta=config.beta),
-        "sppo": lambda s, b: losses.sppo(s.logp, b.reference, beta=config.beta),
+        "dpo": lambda s, b: losses.dpo(s.logp, b.reference, beta=beta),
+        "ipo": lambda s, b: losses.ipo(s.logp, b.reference, tau=tau),
+        "hinge": lambda s, b: losses.hinge(s.logp, b.reference, beta=beta),
+        "sppo": lambda s, b: losses.sppo(s.logp, b.reference, beta=beta),
         "slic_hf": lambda s, b: losses.slic_hf(s.logp, delta=1.0, lam=0.1),
     }[name]
 
@@ -119,10 +119,10 @@ def _score(logp_of: Callable) -> Callable:
     return score
 
 
-def _rmsprop(config: Config, learning_rate: float) -> optax.GradientTransformation:
+def _rmsprop(decay: float, learning_rate: float | jax.Array) -> optax.GradientTransformation:
     # The learning rate lies in the optimizer's state: one compiled step serves all of them.
     return optax.inject_hyperparams(optimizers.torch_rmsprop)(
-        learning_rate=learning_rate, decay=config.decay
+        learning_rate=learning_rate, decay=decay
     )
 
 
@@ -137,9 +137,18 @@ def _labels(config: Config, tokenizer) -> np.ndarray:
     return np.array([rng.choice(known[side]) for side in sides], np.int32)
 
 
-@functools.lru_cache(maxsize=3)
+# The settings that decide the supervised phase: configurations that share them share its end.
+_SUPERVISED = ("model", "data", "bad", "seed", "sft_learning_rate", "sft_batch", "decay")
+
+
 def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
     """Parameters after `steps` updates on the statements' labels; kept in `folder` if given."""
+    read = {name: getattr(config, name) for name in _SUPERVISED}
+    return _supervised(Config(**read), steps, folder)
+
+
+@functools.lru_cache(maxsize=3)
+def _supervised(config: Config, steps: int, folder: Path | None) -> Any:
     policy, params, *_ = load_model(config.model)
     tokenizer = tokenizer_of(config)
     kept = folder / f"sft-{steps}.npz" if folder else None
@@ -150,7 +159,7 @@ def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
         with np.load(kept) as file:
             return structure.unflatten(jnp.asarray(file[str(i)]) for i in range(len(leaves)))
     questions, labels = load_questions(config), _labels(config, tokenizer)
-    optimizer = _rmsprop(config, config.sft_learning_rate)
+    optimizer = _rmsprop(config.decay, config.sft_learning_rate)
     update = step.make_step(
         _score(functools.partial(next_token_logp, policy)),
         lambda scores, _: -scores.logp[:, 0],
@@ -169,17 +178,12 @@ def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
 
 
 @functools.cache
-def _compiled(config: Config, train: str, loss: str):
-    """Update, log-probabilities, slope of the loss, push-forward of a direction; jitted once."""
-    logp_of, optimizer = _logp_of(train, load_model(config.model).policy), _rmsprop(config, 0.0)
-    score, margin = _score(logp_of), _margin_loss(config, loss)
-    slope = jax.jit(jax.grad(lambda params, batch: margin(score(params, batch), batch).sum()))
-    push = jax.jit(
-        lambda params, batch, tangent: gradients.directional(
-            lambda p: logp_of(p, batch)[0], params, tangent
-        )[1]
-    )
-    return step.make_step(score, margin, optimizer), jax.jit(logp_of), slope, push
+def _compiled(model: str | None, train: str, loss: str, beta: float, tau: float, decay: float):
+    """Update, log-probabilities, predictions; jitted once for all runs that share the settings."""
+    logp_of, optimizer = _logp_of(train, load_model(model).policy), _rmsprop(decay, 0.0)
+    score, margin = _score(logp_of), _margin_loss(loss, beta, tau)
+    foreseen = functools.partial(_predictions, logp_of, score, margin, decay)
+    return step.make_step(score, margin, optimizer), jax.jit(logp_of), jax.jit(foreseen)
 
 
 @functools.cache
@@ -221,20 +225,19 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
     params = supervised(config, cell.sft_steps, folder)
     prompt, row = _prompt(config, cell, params)
     chosen, rejected = answer_ids(cell.pair, tokenizer)
-    update, logp, slope, push = _compiled(config, cell.train, cell.loss)
+    fixed = config.beta, config.tau, config.decay
+    update, logp, foreseen = _compiled(config.model, cell.train, cell.loss, *fixed)
     rate = cell.learning_rate * (0.1 if cell.loss == "ipo" else 1.0)
-    optimizer = _rmsprop(config, rate)
+    optimizer = _rmsprop(config.decay, rate)
 
     # The reference is the start itself, through the same code path: the first log-ratios are zero.
     theta = _trained(cell.train, policy, params, prompt.hidden)
     start = jnp.take_along_axis(logp(theta, prompt), prompt.answers, axis=1)
     prompt = prompt._replace(reference=start)
     unembedding = policy.unembedding(params)
-    words = {"chosen": chosen, "rejected": rejected}
-    predicted = _predictions(slope, push, optimizer, theta, prompt)
-    predicted["direction"] = embeddings.unembedding_direction(unembedding, **words)
-    terms = embeddings.chosen_terms(unembedding, prompt.hidden[0], **words)
-    geometry = embeddings.direction_geometry(unembedding, **words)
+    predicted = foreseen(theta, prompt, jnp.float32(rate))
+    closed = _closed_forms(unembedding, prompt.hidden[0], chosen, rejected)
+    predicted["direction"], terms, geometry = closed
 
     state = step.init_state(theta, optimizer, key=jax.random.key(0))
     losses_, every = [], []
@@ -255,12 +258,31 @@ def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[s
     }
 
 
-def _predictions(slope, push, optimizer, theta, prompt: Prompt) -> dict[str, Any]:
-    """First-order change of every token's log-probability; the directions are let go of."""
-    gradient = slope(theta, prompt)
-    flow = push(theta, prompt, jax.tree.map(jnp.negative, gradient))
+def _predictions(
+    logp_of: Callable, score: Callable, margin: Callable, decay: float,
+    theta: Any, prompt: Prompt, rate: jax.Array,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """First-order change of every token's log-probability."""
+
+    def push(tangent: Any) -> jax.Array:
+        return gradients.directional(lambda p: logp_of(p, prompt)[0], theta, tangent)[1]
+
+    gradient = jax.grad(lambda p: margin(score(p, prompt), prompt).sum())(theta)
+    optimizer = _rmsprop(decay, rate)
     first_update, _ = optimizer.update(gradient, optimizer.init(theta), theta)
-    return {"flow": flow, "update": push(theta, prompt, first_update)}
+    return {"flow": push(jax.tree.map(jnp.negative, gradient)), "update": push(first_update)}
+
+
+@jax.jit
+def _closed_forms(unembedding: jax.Array, hidden: jax.Array, chosen: int, rejected: int):
+    """What the unembedding and the state alone say: the direction, the terms of the rate, its
+    geometry."""
+    words = {"chosen": chosen, "rejected": rejected}
+    return (
+        embeddings.unembedding_direction(unembedding, **words),
+        embeddings.chosen_terms(unembedding, hidden, **words),
+        embeddings.direction_geometry(unembedding, **words),
+    )
 
 
 def _what_happened(
