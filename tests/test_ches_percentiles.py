@@ -184,7 +184,8 @@ def test_a_subset_of_two_scores_is_trained_once(made, arrays, loaded, monkeypatc
 
     monkeypatch.setattr(measure, "train", fake)
     drawn = {name: arrays[name][0] for name in ("pool", "start")}
-    drawn["scores"] = arrays["scores"][0][[0, 0, 1, 0]]
+    one = np.arange(10.0)
+    drawn["scores"] = np.stack([one, one, np.roll(one, 3), one])
     found = measure.trainings(config, 0, drawn, loaded, measure.Programs(None, None), None)
     assert len(trained) == len(set(trained)) == 8
     np.testing.assert_array_equal(found["change"][:, 0], found["change"][:, 1])
