@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import multiprocessing
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,10 @@ def clean():
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.no_vs_never.__main__", "jaxpref.training.loop"])
+    with pytest.MonkeyPatch.context() as patch:
+        # They run the same small programs, one process after the other.
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        forkserver.ensure_running()
     return context
 
 

@@ -2,11 +2,18 @@
 
 import dataclasses
 import json
+import multiprocessing
 
 import numpy as np
 import pytest
 
 from benchmarks import frameworks, losses, pair_gram, sampling, score_pairs, train_step
+
+
+@pytest.fixture(autouse=True)
+def soon_there(clean, monkeypatch):
+    """The contenders' processes need not import the library again."""
+    monkeypatch.setattr(multiprocessing, "get_context", {"spawn": clean}.get)
 
 
 def test_smoke_size_prints_a_row_and_the_ratios(capsys):

@@ -27,35 +27,40 @@ LIGHT = [
     if name in {module.name for module in pkgutil.iter_modules(jaxpref.__path__)}
 ]
 
+# One interpreter; a process is forked from it for each module, so that none sees another's imports.
 LIST_MODULES = """
-import importlib, json, sys
+import importlib, json, os, sys
 import jax, jax.numpy, jaxtyping, numpy
 before = set(sys.modules)
-importlib.import_module(sys.argv[1])
-after = set(sys.modules)
-print(json.dumps({
-    "own": sorted(name for name in after if name.startswith("jaxpref.")),
-    "added": sorted({name.partition(".")[0] for name in after - before}),
-    "all": sorted({name.partition(".")[0] for name in after}),
-}))
+for module in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0, f"import {module} failed"
+        continue
+    importlib.import_module(module)
+    after = set(sys.modules)
+    print(json.dumps({module: {
+        "own": sorted(name for name in after if name.startswith("jaxpref.")),
+        "added": sorted({name.partition(".")[0] for name in after - before}),
+        "all": sorted({name.partition(".")[0] for name in after}),
+    }}), flush=True)
+    break
 """
+HEAVY = "models.decoder"
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """For each light module, what a fresh interpreter holds after importing it."""
+    """For each module, what a fresh process holds after importing it."""
     root = pathlib.Path(jaxpref.__file__).parent.parent
-    command = [sys.executable, "-c", LIST_MODULES]
-    running = {
-        name: subprocess.Popen([*command, f"jaxpref.{name}"], stdout=subprocess.PIPE, cwd=root)
-        for name in LIGHT
-    }
+    names = [f"jaxpref.{name}" for name in (*LIGHT, HEAVY)]
+    done = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES, *names],
+        stdout=subprocess.PIPE, check=True, cwd=root, timeout=300,
+    )  # fmt: skip
     found = {}
-    for name, process in running.items():
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, f"import jaxpref.{name} failed"
-        found[name] = json.loads(output)
-    return found
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    return {name.partition(".")[2]: each for name, each in found.items()}
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -77,8 +82,5 @@ def test_light_modules_load_no_models_and_no_data(loaded, name):
     assert rooms <= {*LIGHT, "plain"}
 
 
-def test_the_probe_sees_what_a_heavy_room_loads():
-    root = pathlib.Path(jaxpref.__file__).parent.parent
-    command = [sys.executable, "-c", LIST_MODULES, "jaxpref.models.decoder"]
-    output = subprocess.run(command, capture_output=True, check=True, cwd=root, timeout=300).stdout
-    assert "flax" in json.loads(output)["added"]
+def test_the_probe_sees_what_a_heavy_room_loads(loaded):
+    assert "flax" in loaded[HEAVY]["added"]

@@ -4,9 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -70,45 +67,41 @@ def test_a_longer_run_continues_a_shorter_one(tmp_path):
     assert int(again.step) == 7
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import jax
-from jaxpref import runs
-from jaxpref.training import checkpoints
-from test_loop import a_run, batch_at, train
-
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-folder, where = Path(sys.argv[1]), sys.argv[2]
-if where == "in a batch":
-    train(a_run(folder), batch_at=lambda step: batch_at(step) if step < 5 else kill())
-if where == "in a line":  # half a line is written, steps 3 and 4 are there a second time
-    def half(path, line):
-        with open(path, "ab") as file:
-            file.write(line[: len(line) // 2] if b'"step": 5' in line else line)
-        b'"step": 5' in line and kill()
-    runs._append = half
-if where == "in a checkpoint":  # its files are written, but it is not yet in its place
-    rename = os.rename
-    os.rename = lambda old, new: kill() if "orbax" in str(old) else rename(old, new)
-train(a_run(folder, resume=True))
-"""
+
+def killed_there(folder, where):
+    """A run that dies; in a process of its own, with the numbers of this one."""
+    jax.config.update("jax_enable_x64", True)
+    if where == "in a batch":
+        train(a_run(folder), batch_at=lambda step: batch_at(step) if step < 5 else kill())
+    if where == "in a line":  # half a line is written, steps 3 and 4 are there a second time
+
+        def half(path, line):
+            with open(path, "ab") as file:
+                file.write(line[: len(line) // 2] if b'"step": 5' in line else line)
+            if b'"step": 5' in line:
+                kill()
+
+        runs._append = half
+    if where == "in a checkpoint":  # its files are written, but it is not yet in its place
+        rename = os.rename
+        os.rename = lambda old, new: kill() if "orbax" in str(old) else rename(old, new)
+    train(a_run(folder, resume=True))
 
 
-def test_a_run_killed_three_times_has_the_same_bits(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_ENABLE_X64": "1"}
-
+def test_a_run_killed_three_times_has_the_same_bits(tmp_path, clean):
     killed = tmp_path / "killed"
     for where, checkpoint, lines in (
         ("in a batch", 3, 5),
         ("in a line", 3, 5),
         ("in a checkpoint", 3, 6),
     ):
-        command = [sys.executable, "-c", KILLED, str(killed), where]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        process = clean.Process(target=killed_there, args=(killed, where))
+        process.start()
+        process.join(600)
+        assert process.exitcode == -signal.SIGKILL
         path = killed / "toy" / "run"
         assert checkpointed(path) == {checkpoint}
         assert len(runs.load(path).metrics) == lines

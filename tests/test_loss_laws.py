@@ -77,14 +77,25 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("logp", [A, B], ids="AB")
-@pytest.mark.parametrize("twins", TWINS.values(), ids=TWINS)
-def test_special_cases(twins, logp):
-    (one, first), (other, second) = twins
-    found, expected = bound(one, **first), bound(other, **second)
-    np.testing.assert_allclose(found(logp), expected(logp), rtol=1e-12)
-    slopes = (jax.grad(lambda x, f=f: f(x).sum())(logp) for f in (found, expected))
-    np.testing.assert_allclose(*slopes, rtol=1e-12)
+@pytest.fixture(scope="module")
+def twins():
+    """Values and slopes of all twins at A and B, ``[points ...]``, in one program."""
+
+    def of(name, arguments):
+        def value(logp):
+            found = bound(name, **arguments)(logp)
+            return found.sum(), found
+
+        return jax.vmap(jax.grad(value, has_aux=True))(jnp.stack([A, B]))
+
+    return jax.jit(lambda: {name: [of(*one) for one in both] for name, both in TWINS.items()})()
+
+
+@pytest.mark.parametrize("at", [0, 1], ids="AB")
+@pytest.mark.parametrize("name", TWINS)
+def test_special_cases(twins, name, at):
+    for found, expected in zip(*twins[name], strict=True):  # slopes, values
+        np.testing.assert_allclose(found[at], expected[at], rtol=1e-12)
 
 
 MARGIN_ONLY = ["dpo", "cdpo", "robust_dpo", "ipo", "hinge", "r_dpo", "h_dpo", "exo_pair"]
@@ -92,12 +103,21 @@ MARGIN_ONLY += ["discopop", "comp_sum_exponential", "comp_sum_generalised_cross_
 MARGIN_ONLY += ["comp_sum_mae", "aot", "exo"]
 
 
+@pytest.fixture(scope="module")
+def pulls():
+    """Of losses at five random pairs, ``[pairs 2]``, in one program."""
+    logp = np.asarray(REFERENCE) + 5 * np.random.default_rng(0).normal(size=(5, 2))
+    some = {name: bound(name) for name in MARGIN_ONLY} | {
+        "dpo_shift": bound("dpo_shift", shift=0.6)
+    }
+    return jax.jit(
+        lambda logp: {name: jax.vmap(jax.grad(loss))(logp) for name, loss in some.items()}
+    )(logp)
+
+
 @pytest.mark.parametrize("name", MARGIN_ONLY)
-def test_margin_losses_push_both_responses_equally(name, key):
-    for noise in 5 * jax.random.normal(key, (5, 2)):
-        logp = REFERENCE + noise
-        pull = jax.grad(bound(name))(logp)
-        np.testing.assert_allclose(pull.sum(), 0, atol=1e-12)
+def test_margin_losses_push_both_responses_equally(name, pulls):
+    np.testing.assert_allclose(np.asarray(pulls[name]).sum(axis=1), 0, atol=1e-12)
 
 
 def test_dpo_of_the_swapped_pair_costs_the_margin_more():
@@ -132,10 +152,12 @@ def test_cdpo_is_the_mean_of_dpo_over_flips():
     ],
 )
 def test_targets_are_minima(name, log_ratio):
-    at = REFERENCE + jnp.array(log_ratio)
-    loss = bound(name)
-    np.testing.assert_allclose(jax.grad(loss)(at), 0, atol=1e-12)
-    assert all(loss(at + jnp.array(step)) > loss(at) for step in ([1e-3, 0], [-1e-3, 0]))
+    at = np.asarray(REFERENCE) + np.array(log_ratio)
+    rows = at + np.array([[0, 0], [1e-3, 0], [-1e-3, 0]])
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(bound(name))))(rows)
+    np.testing.assert_allclose(slopes[0], 0, atol=1e-12)
+    least, *others = np.asarray(values)
+    assert all(value > least for value in others)
 
 
 def test_dpop_pulls_the_chosen_harder_while_it_is_below_its_reference():
@@ -143,10 +165,9 @@ def test_dpop_pulls_the_chosen_harder_while_it_is_below_its_reference():
     np.testing.assert_allclose(-pull[0] / pull[1], 6, rtol=1e-12)
 
 
-def test_dpo_shift_pulls_the_rejected_less_at_every_margin(key):
-    for noise in 5 * jax.random.normal(key, (5, 2)):
-        pull = jax.grad(bound("dpo_shift", shift=0.6))(REFERENCE + noise)
-        np.testing.assert_allclose(-pull[1] / pull[0], 0.6, rtol=1e-12)
+def test_dpo_shift_pulls_the_rejected_less_at_every_margin(pulls):
+    up, down = np.asarray(pulls["dpo_shift"]).T
+    np.testing.assert_allclose(-down / up, 0.6, rtol=1e-12)
 
 
 def test_r_dpo_pushes_a_longer_chosen_response_less():
@@ -209,7 +230,7 @@ def test_no_gradient_enters_the_baseline():
 
 
 def pull(name, logp, **arguments):
-    return jax.grad(bound(name, **arguments))(logp)
+    return np.asarray(jax.jit(jax.grad(bound(name, **arguments)))(logp))
 
 
 @pytest.mark.parametrize("logp", [A, B], ids="AB")
@@ -365,8 +386,8 @@ def test_alphapo_pulls_by_how_improbable_a_response_is():
     np.testing.assert_allclose(-found[1] / found[0], np.exp(0.25 * (15.1 - 12.3)), rtol=1e-12)
 
 
-def test_confpo_keeps_the_tokens_below_the_mean_probability(key):
-    logp = np.asarray(-3 * jax.random.uniform(key, (4, 2, 7)))
+def test_confpo_keeps_the_tokens_below_the_mean_probability():
+    logp = -3 * np.random.default_rng(0).random((4, 2, 7))
     scored = np.arange(7) < np.array([[5, 7], [2, 3], [6, 2], [4, 7]])[..., None]
 
     def one(logp, scored):
@@ -380,7 +401,7 @@ def test_confpo_keeps_the_tokens_below_the_mean_probability(key):
         ]
     )
     x = 1.5 * (b[:, 0] - b[:, 1]) - 1.6
-    found = losses.confpo(np.where(scored, logp, -99.0), scored)
+    found = jax.jit(losses.confpo)(np.where(scored, logp, -99.0), scored)
     np.testing.assert_allclose(found, np.log1p(np.exp(-x)), rtol=1e-12)
 
 
@@ -393,7 +414,7 @@ def test_confpo_compares_tokens_whose_probabilities_underflow():
 def test_confpo_drops_pairs_with_a_response_of_equal_tokens():
     logp = jnp.array([[[-1.0, -2.0], [-3.0, -3.0]], [[-1.0, 0.0], [-1.0, -2.0]]])
     scored = jnp.array([[[True, True], [True, True]], [[True, False], [True, True]]])
-    value, slope = jax.value_and_grad(lambda x: losses.confpo(x, scored).sum())(logp)
+    value, slope = jax.jit(jax.value_and_grad(lambda x: losses.confpo(x, scored).sum()))(logp)
     assert float(value) == 0.0
     np.testing.assert_array_equal(slope, 0)
 
@@ -463,29 +484,29 @@ def test_logic_reads_no_response_that_its_formula_lacks():
 # --- several responses ----------------------------------------------------------------------------
 
 
-def four(key):
+def four():
     """Log-probabilities, lengths and grades of four responses to three prompts."""
-    logp = -20 * jax.random.uniform(key, (3, 4), jnp.float64)
+    logp = -20 * np.random.default_rng(0).random((3, 4))
     grades = np.array([[1, 0, 0, 1], [3, 2, 1, 0], [2, 2, 2, 2]])
-    return logp, jnp.array([[3.0, 5.0, 4.0, 6.0]] * 3), grades
+    return logp, np.array([[3.0, 5.0, 4.0, 6.0]] * 3), grades
 
 
 def comparisons(grades):
     return [(i, j) for i in range(4) for j in range(4) if grades[i] > grades[j]]
 
 
-def test_rrhf_list_sums_over_comparisons(key):
-    logp, lengths, grades = four(key)
+def test_rrhf_list_sums_over_comparisons():
+    logp, lengths, grades = four()
     expected = []
     for row, a, r in zip(logp, logp / lengths, grades, strict=True):
         rank = sum(max(0.0, float(a[j] - a[i])) for i, j in comparisons(r))
         expected.append(rank - 0.7 * float(row[r.argmax()]))
-    found = losses.rrhf_list(logp, lengths, grades, lam=0.7)
+    found = jax.jit(functools.partial(losses.rrhf_list, lam=0.7))(logp, lengths, grades)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_aft_sums_over_comparisons_with_and_without_constraints(key):
-    logp, lengths, grades = four(key)
+def test_aft_sums_over_comparisons_with_and_without_constraints():
+    logp, lengths, grades = four()
     plain, bounded = [], []
     for a, r in zip(np.asarray(logp / lengths), grades, strict=True):
         worst = {j: min(a[i] for i, k in comparisons(r) if k == j) for _, j in comparisons(r)}
@@ -493,17 +514,23 @@ def test_aft_sums_over_comparisons_with_and_without_constraints(key):
         lifts = [np.exp(worst[j] - 0.4 - a[j]) for _, j in comparisons(r)]
         plain.append(np.log1p(sum(terms)))
         bounded.append(np.log1p(sum(terms + lifts)))
-    data = logp, lengths, grades
-    np.testing.assert_allclose(losses.aft(*data), plain, rtol=1e-12)
-    np.testing.assert_allclose(losses.aft_detached(*data), plain, rtol=1e-12)
-    np.testing.assert_allclose(losses.aft_boundary(*data, boundary=0.2), bounded, rtol=1e-12)
+    data, some = (logp, lengths, grades), (losses.aft, losses.aft_detached)
+    some += (functools.partial(losses.aft_boundary, boundary=0.2),)
+    found = jax.jit(lambda *data: [loss(*data) for loss in some])(*data)
+    for one, expected in zip(found, (plain, plain, bounded), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-12)
     assert plain[2] == 0
 
 
-def test_aft_detached_only_raises_and_aft_boundary_is_at_rest_on_its_boundary(key):
-    logp, lengths, grades = four(key)
-    slope = jax.grad(lambda x: losses.aft_detached(x, lengths, grades).sum())(logp)
-    whole = jax.grad(lambda x: losses.aft(x, lengths, grades).sum())(logp)
+def test_aft_detached_only_raises_and_aft_boundary_is_at_rest_on_its_boundary():
+    logp, lengths, grades = four()
+
+    @jax.jit
+    def slopes(logp):
+        some = (losses.aft_detached, losses.aft)
+        return [jax.grad(lambda x, f=f: f(x, lengths, grades).sum())(logp) for f in some]
+
+    slope, whole = map(np.asarray, slopes(logp))
     assert slope.max() == 0
     np.testing.assert_allclose(slope[0, grades[0] == 1], whole[0, grades[0] == 1], rtol=1e-12)
     rest = pull("aft_boundary", jnp.array([-2.0, -2.3]), lengths=ONES, boundary=0.3)
@@ -515,14 +542,21 @@ AFT = (losses.aft, losses.aft_detached, losses.aft_boundary)
 
 
 @pytest.mark.parametrize("loss", [*AFT, losses.rrhf_list], ids=lambda f: f.__name__)
-def test_a_grade_that_is_nan_is_not_hidden_and_no_prompts_have_no_losses(loss, key):
-    logp, lengths, grades = four(key)
+def test_a_grade_that_is_nan_is_not_hidden_and_no_prompts_have_no_losses(loss):
+    logp, lengths, grades = four()
     grades = np.asarray(grades, float)
     grades[1, 2] = np.nan
-    assert np.array_equal(np.isnan(loss(logp, lengths, grades)), np.arange(len(logp)) == 1)
-    assert loss(logp[:0], lengths[:0], grades[:0]).shape == (0,)
-    if loss in AFT:
-        np.testing.assert_array_equal(loss(logp[:, :1], lengths[:, :1], grades[:, :1]), 0)
+    data = logp, lengths, grades
+
+    @jax.jit
+    def of(*data):
+        one = loss(*(x[:, :1] for x in data)) if loss in AFT else 0
+        return loss(*data), loss(*(x[:0] for x in data)), one
+
+    whole, none, one = of(*data)
+    assert np.array_equal(np.isnan(whole), np.arange(len(logp)) == 1)
+    assert none.shape == (0,)
+    np.testing.assert_array_equal(one, 0)
 
 
 def test_d2o_takes_the_mean_of_its_samples():
@@ -540,23 +574,23 @@ def test_d2o_needs_a_sample():
 # --- a batch as a whole ---------------------------------------------------------------------------
 
 
-def batch(key):
-    logp, reference = -9 * jax.random.uniform(key, (2, 5, 2), jnp.float64)
-    return logp, reference
+def batch():
+    return -9 * np.random.default_rng(0).random((2, 5, 2))
 
 
-def test_aot_compares_sorted_margins(key):
-    logp, reference = batch(key)
-    delta = np.sort(losses.margin(logp)) - np.sort(losses.margin(reference))
+def test_aot_compares_sorted_margins():
+    logp, reference = batch()
+    margin = logp[:, 0] - logp[:, 1]
+    delta = np.sort(margin) - np.sort(reference[:, 0] - reference[:, 1])
     expected = np.log1p(np.exp(-0.3 * delta))
     found = losses.aot(logp, reference, beta=0.3)
     np.testing.assert_allclose(np.sort(found)[::-1], np.sort(expected)[::-1], rtol=1e-12)
-    order = np.argsort(losses.margin(logp))
+    order = np.argsort(margin)
     np.testing.assert_allclose(found[order], expected, rtol=1e-12)
 
 
-def test_aot_unpaired_compares_sorted_log_ratios(key):
-    logp, reference = batch(key)
+def test_aot_unpaired_compares_sorted_log_ratios():
+    logp, reference = batch()
     u = np.asarray(logp - reference)
     expected = np.log1p(np.exp(-0.3 * (np.sort(u[:, 0]) - np.sort(u[:, 1]))))
     found = losses.aot_unpaired(logp, reference, beta=0.3)
@@ -564,30 +598,33 @@ def test_aot_unpaired_compares_sorted_log_ratios(key):
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_the_gradient_goes_through_the_sort(name, key):
-    logp, reference = batch(key)
+def test_the_gradient_goes_through_the_sort(name):
+    logp, reference = batch()
     loss = functools.partial(getattr(losses, name), beta=0.3)
-    slope = jax.grad(lambda x: loss(x, reference).sum())(logp)
+    total = jax.jit(jax.value_and_grad(lambda x: loss(x, reference).sum()))
+    slope = np.asarray(total(logp)[1])
     for at in np.ndindex(5, 2):
-        step = jnp.zeros((5, 2)).at[at].set(1e-5)
-        ends = [loss(logp + s * step, reference).sum() for s in (1, -1)]
+        step = np.zeros((5, 2))
+        step[at] = 1e-5
+        ends = [float(total(logp + s * step)[0]) for s in (1, -1)]
         np.testing.assert_allclose(slope[at], (ends[0] - ends[1]) / 2e-5, rtol=1e-6)
 
 
-def test_aot_unpaired_does_not_know_the_pairs(key):
-    logp, reference = batch(key)
-    mixed = [x.at[:, 1].set(x[::-1, 1]) for x in (logp, reference)]
+def test_aot_unpaired_does_not_know_the_pairs():
+    logp, reference = batch()
+    mixed = [np.stack([x[:, 0], x[::-1, 1]], axis=1) for x in (logp, reference)]
     found = losses.aot_unpaired(*mixed, beta=0.3)
     np.testing.assert_allclose(found, losses.aot_unpaired(logp, reference, beta=0.3), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_batches_do_not_meet(name, key):
-    logp, reference = batch(key)
+def test_batches_do_not_meet(name):
+    logp, reference = batch()
     other = logp[::-1] - 1
-    both = getattr(losses, name)(jnp.stack([logp, other]), jnp.stack([reference, reference]))
-    for one, found in zip((logp, other), both, strict=True):
-        np.testing.assert_allclose(found, getattr(losses, name)(one, reference), rtol=1e-12)
+    loss = jax.jit(getattr(losses, name))
+    both = loss(np.stack([logp, other]), np.stack([reference, reference]))
+    for one, found in zip((logp, other), np.asarray(both), strict=True):
+        np.testing.assert_allclose(found, loss(one, reference), rtol=1e-12)
 
 
 # --- weights --------------------------------------------------------------------------------------

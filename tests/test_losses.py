@@ -14,7 +14,7 @@ import pytest
 import test_kernels
 import test_tokenwise
 import test_unpaired
-from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, bound
+from loss_points import DATA, LENGTHS, ONES, POINTS, REFERENCE, A, Point, bound
 
 from jaxpref import losses
 from jaxpref.losses import __main__ as docs
@@ -58,39 +58,95 @@ def rows(point):
     return here + np.concatenate([0 * moves[:1], moves, -moves])
 
 
+CONSTANT = {"reference", "lengths", "rewards", "win_probability", "kl_baseline"}
+SHIFT = np.array([3.0, -4.5])
+SOME = -20 * np.random.default_rng(0).random((2, 3, 2))
+
+
+def rounded(x):
+    """To bfloat16 and back."""
+    return np.asarray(x.astype(jnp.bfloat16).astype(x.dtype))
+
+
+ALONE = {  # single pairs, and what is special in their data
+    "A": (A, {}),
+    "moved": (A + SHIFT, {"reference": REFERENCE + SHIFT}),
+    "rounded": (rounded(A), {k: rounded(DATA[k]) for k in CONSTANT}),
+    **{f"nan {at}": (np.where(np.arange(2) == at, np.nan, A), {}) for at in (0, 1)},
+    **{f"some {at}": (pair, {}) for at, pair in enumerate(SOME.reshape(-1, 2))},
+}
+
+
+def repeated(name, data, times):
+    """The constant data of a loss for so many rows, and for those of ALONE if it reads DATA."""
+    read = {k: v for k, v in bound(name).keywords.items() if k in CONSTANT}
+    rows = [dict(data)] * times + [own for _, own in ALONE.values() if not data]
+    return {
+        k: np.stack([np.asarray(row.get(k, v), float) for row in rows]) for k, v in read.items()
+    }
+
+
 @pytest.fixture(scope="module")
-def measured():
-    """Value and slopes at the rows of every point, in one program; settings are traced."""
-    groups = {}  # of points that differ in log-probabilities and settings only
+def at_rows():
+    """Loss, slopes in log-probabilities and settings, slopes in what should be constant.
+
+    At the rows of every point and of ALONE, in one program; settings are traced.
+    """
+    groups = {(name, ()): [] for name in NAMES}  # that differ in numbers only
     for point in POINTS:
         own = tuple((k, v) for k, v in point.arguments.items() if k in DATA)
         groups.setdefault((point.name, own), []).append(point)
+    tables = {}
+    for (name, own), points in groups.items():
+        table = [rows(point) for point in points]
+        if not own:
+            defaults = [*settings(Point(name, {}, A, 0, 0, 0)).values()]
+            table.append(np.array([[*pair, *defaults] for pair, _ in ALONE.values()]))
+        count = sum(map(len, table[: len(points)]))
+        tables[name, own] = np.concatenate(table), repeated(name, own, count)
 
-    def of(key, table):
+    def of(key, table, data):
         name, own = key
-        names = [*settings(groups[key][0])]
+        names = [*settings(Point(name, {}, A, 0, 0, 0))]
 
-        def value(row):
-            return bound(name, **dict(own), **dict(zip(names, row[2:], strict=True)))(
-                row[:2]
-            ).mean()
+        def value(row, data):
+            arguments = {**dict(own), **data, **dict(zip(names, row[2:], strict=True))}
+            found = bound(name, **arguments)(row[:2])
+            return found.mean(), found
 
-        return jax.vmap(jax.value_and_grad(value))(table)
+        slopes, found = jax.vmap(jax.grad(value, argnums=(0, 1), has_aux=True))(table, data)
+        return found, *slopes
 
-    tables = {key: np.concatenate([rows(p) for p in points]) for key, points in groups.items()}
-    found = jax.jit(lambda tables: {key: of(key, table) for key, table in tables.items()})(tables)
+    found = jax.jit(lambda tables: {key: of(key, *each) for key, each in tables.items()})(tables)
+    return groups, jax.tree.map(np.asarray, found)
+
+
+@pytest.fixture(scope="module")
+def measured(at_rows):
+    """Value, slopes and constant slopes at the rows of every point."""
+    groups, found, of = *at_rows, {}
+    for key, points in groups.items():
+        values, slopes, constant = found[key]
+        start = 0
+        for point in points:
+            part = slice(start, start := start + len(rows(point)))
+            value = values[part].reshape(part.stop - part.start, -1).mean(axis=1)
+            of[label(point)] = value, slopes[part], {k: x[part] for k, x in constant.items()}
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(at_rows):
+    """Every loss of the pairs of ALONE."""
+    _, found = at_rows
     return {
-        label(point): (value, slope)
-        for key, points in groups.items()
-        for point, value, slope in zip(
-            points, *(np.split(x, len(points)) for x in found[key]), strict=True
-        )
+        name: dict(zip(ALONE, found[name, ()][0][-len(ALONE) :], strict=True)) for name in NAMES
     }
 
 
 @pytest.mark.parametrize("point", POINTS, ids=label)
 def test_value_and_pulls_are_those_of_the_formula(point, measured):
-    value, slopes = measured[label(point)]
+    value, slopes, _ = measured[label(point)]
     # The numbers are printed with six decimals.
     np.testing.assert_allclose(value[0], point.value, rtol=0, atol=6e-7)
     np.testing.assert_allclose(slopes[0, :2], [-point.d_w, point.d_l], rtol=0, atol=6e-7)
@@ -98,7 +154,7 @@ def test_value_and_pulls_are_those_of_the_formula(point, measured):
 
 @pytest.mark.parametrize("point", POINTS, ids=label)
 def test_derivatives_agree_with_finite_differences(point, measured):
-    value, slopes = measured[label(point)]
+    value, slopes, _ = measured[label(point)]
     up, down = np.split(value[1:], 2)
     difference = (up - down) / (2 * np.array(steps(point)))
     first = 2 if point.name in DETACHED else 0
@@ -109,34 +165,19 @@ def test_derivatives_agree_with_finite_differences(point, measured):
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_REFERENCE if n not in ABSOLUTE])
-def test_only_the_log_ratio_counts(name):
-    shift = jnp.array([3.0, -4.5])
-    moved = bound(name, reference=REFERENCE + shift)(A + shift)
-    np.testing.assert_allclose(moved, bound(name)(A), rtol=1e-12)
-
-
-CONSTANT = {"reference", "lengths", "rewards", "win_probability", "kl_baseline"}
-
-
-@pytest.fixture(scope="module")
-def slopes():
-    """The gradient of every loss in its log-probabilities and in what should be constant."""
-
-    def slope(name, data):
-        return jax.grad(
-            lambda x: bound(name, **{k: x[k] for k in x if k != "logp"})(x["logp"]).sum()
-        )({"logp": A, **{k: v for k, v in data.items() if k in bound(name).keywords}})
-
-    data = {k: DATA[k] for k in CONSTANT}
-    return jax.jit(lambda data: {name: slope(name, data) for name in NAMES})(data)
+def test_only_the_log_ratio_counts(name, alone):
+    np.testing.assert_allclose(alone[name]["moved"], alone[name]["A"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_gradient_enters_what_is_constant(name, slopes):
-    assert np.any(slopes[name].pop("logp") != 0)
-    assert slopes[name].keys() == CONSTANT & bound(name).keywords.keys()
-    for slope in slopes[name].values():
-        np.testing.assert_array_equal(slope, 0)
+def test_no_gradient_enters_what_is_constant(name, at_rows):
+    _, found = at_rows
+    _, slopes, _ = found[name, ()]
+    assert np.any(slopes[-len(ALONE), :2] != 0)  # at A
+    for constant in (each[2] for (other, _), each in found.items() if other == name):
+        assert constant.keys() == CONSTANT & bound(name).keywords.keys()
+        for slope in constant.values():
+            np.testing.assert_array_equal(slope, 0)
 
 
 # --- edges ----------------------------------------------------------------------------------------
@@ -249,22 +290,17 @@ def of_bfloat16():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_is_computed_in_float32_and_float64_stays(name, of_bfloat16):
-    rounded = {
-        k: v.astype(jnp.bfloat16).astype(v.dtype) if v.dtype == jnp.float64 else v
-        for k, v in bound(name).keywords.items()
-    }
-    expected = bound(name, **rounded)(A.astype(jnp.bfloat16).astype(A.dtype))
-    assert expected.dtype == jnp.float64
+def test_bfloat16_is_computed_in_float32_and_float64_stays(name, of_bfloat16, alone):
+    expected = alone[name]["rounded"]  # that float64 stays is seen in whole batches
     assert of_bfloat16[name].dtype == jnp.float32
     # bfloat16 itself is good to 4e-3.
     np.testing.assert_allclose(of_bfloat16[name], expected, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_nan_is_not_hidden(name):
+def test_a_nan_is_not_hidden(name, alone):
     for place in (0, 1):
-        seen = np.isnan(bound(name)(A.at[place].set(jnp.nan)))
+        seen = np.isnan(alone[name][f"nan {place}"])
         expected = ONE_SIDED.get(name) != place
         assert (seen[place] if name in UNPAIRED else seen) == expected
 
@@ -278,31 +314,28 @@ def test_lengths_may_be_integers(name):
 # --- composition ----------------------------------------------------------------------------------
 
 
-SOME = -20 * jax.random.uniform(jax.random.key(0), (2, 3, 2), jnp.float64)
-
-
 @pytest.fixture(scope="module")
 def batched():
-    """Every loss of SOME as one array, its data as large, and pair by pair by ``vmap``."""
+    """Every loss of SOME as one array, its data as large."""
 
-    def both(name, logp):
+    def whole(name, logp):
         loss = bound(name)
         data = {k: jnp.broadcast_to(v, SOME.shape) for k, v in loss.keywords.items() if v.ndim}
-        return functools.partial(loss, **data)(logp), jax.vmap(jax.vmap(loss))(logp)
+        return functools.partial(loss, **data)(logp)
 
-    return jax.jit(lambda logp: {name: both(name, logp) for name in NAMES})(SOME)
+    return jax.jit(lambda logp: {name: whole(name, logp) for name in NAMES})(SOME)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batch_axes_are_kept_and_rows_do_not_meet(name, batched):
-    whole, mapped = batched[name]
-    loss, own = bound(name), (2,) if name in UNPAIRED else ()
-    assert loss(A).shape == own
-    assert whole.shape == mapped.shape == (2, 3, *own)
-    rows = np.array([[loss(pair) for pair in row] for row in SOME])
+def test_batch_axes_are_kept_and_rows_do_not_meet(name, batched, alone):
+    whole = batched[name]
+    own = (2,) if name in UNPAIRED else ()
+    assert alone[name]["A"].shape == own
+    assert whole.shape == (2, 3, *own)
+    assert whole.dtype == jnp.float64
+    rows = np.stack([alone[name][f"some {at}"] for at in range(6)]).reshape(whole.shape)
     # Other sizes may round differently.
     np.testing.assert_allclose(whole, rows, rtol=1e-12)
-    np.testing.assert_allclose(mapped, rows, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -20,37 +20,52 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-@pytest.fixture
-def kernel_settings(tiny_model, tmp_path, monkeypatch):
-    """A kernel that knows the tiny model and leaves no files behind."""
-    monkeypatch.setenv("JAXPREF_MODEL", str(tiny_model))
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # no warning about the old places
-    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+@pytest.fixture(scope="module")
+def executed(tiny_model, tmp_path_factory):
+    """The code cells of every notebook, executed one after the other in one kernel.
+
+    The kernel knows the tiny model and leaves no files behind. Before each notebook it forgets
+    every name, and keeps what it has imported and compiled.
+    """
+    import nbclient
+    import nbformat
+
+    folder, forget = tmp_path_factory.mktemp("kernel"), nbformat.v4.new_code_cell("%reset -f")
+    before = [path.read_bytes() for path in NOTEBOOKS]
+    books = {path.stem: read(path) for path in NOTEBOOKS}
+    whole = nbformat.v4.new_notebook()
+    whole.cells = [cell for book in books.values() for cell in (forget.copy(), *book.cells)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXPREF_MODEL", str(tiny_model))
+        patch.setenv("JUPYTER_PLATFORM_DIRS", "1")  # no warning about the old places
+        for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
+            patch.setenv(name, str(folder / name.lower()))
+        nbclient.NotebookClient(
+            whole, timeout=600, kernel_name="python3", allow_errors=True,
+            resources={"metadata": {"path": str(ROOT)}},
+        ).execute()  # fmt: skip
+    assert [path.read_bytes() for path in NOTEBOOKS] == before
+    return {
+        name: [cell for cell in book.cells if cell.cell_type == "code"]
+        for name, book in books.items()
+    }
 
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.usefixtures("kernel_settings")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_whole(path):
-    import nbclient
-
-    before = path.read_bytes()
-    notebook = read(path)
-    where = {"metadata": {"path": str(ROOT)}}
-    done = nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources=where
-    ).execute()
-    cells = [cell for cell in done.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+def test_a_notebook_runs_whole(path, executed):
+    cells = executed[path.stem]
+    first = cells[0].execution_count
+    assert [cell.execution_count for cell in cells] == list(range(first, first + len(cells)))
     outputs = [output for cell in cells for output in cell.outputs]
+    errors = ["\n".join(output["traceback"]) for output in outputs if "traceback" in output]
+    assert not errors, errors[0]
     assert any("image/png" in output.get("data", {}) for output in outputs), "no figure"
     printed = "".join(o["text"] for o in outputs if o.get("name") == "stdout")
     assert SAYS[path.stem] in printed
-    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -285,6 +285,10 @@ def _closed_forms(unembedding: jax.Array, hidden: jax.Array, chosen: int, reject
     )
 
 
+_spearman = jax.jit(diagnostics.spearman)
+_share_of_gain = jax.jit(diagnostics.share_of_gain)
+
+
 def _what_happened(
     logp: np.ndarray, cell: Cell, predicted: Mapping[str, np.ndarray], tokenizer
 ) -> dict[str, np.ndarray]:
@@ -298,14 +302,14 @@ def _what_happened(
         for side, meaning in (("same", same), ("opposite", opposite))
     }
     share = [
-        diagnostics.share_of_gain(p[0], p[k], np.isin(np.arange(p.shape[1]), members[side]))
+        _share_of_gain(p[0], p[k], np.isin(np.arange(p.shape[1]), members[side]))
         for side in ("same", "opposite")
         for k in gains
     ]
     others = np.setdiff1d(np.arange(p.shape[1]), pair)
     likely = others[np.argsort(-p[0, others], kind="stable")[:LIKELY]]
     agreement = [
-        diagnostics.spearman(predicted[name][ids], (logp[k] - logp[0])[ids])
+        _spearman(predicted[name][ids], (logp[k] - logp[0])[ids])
         for name in PREDICTIONS
         for k in looks
         for ids in (others, likely)
