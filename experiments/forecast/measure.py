@@ -76,6 +76,23 @@ def text_signals(targets: np.ndarray, is_target: np.ndarray, seed: int) -> dict[
     }
 
 
+@jax.jit
+def _of_pairs(gram, own, pull, found, unembedding) -> dict[str, jax.Array]:
+    """What the Grams, plain and in the optimizer's metric, and the hidden states say."""
+    head = embeddings.unembedding_gram(found.hidden, found.targets, found.is_target, unembedding)
+    states = found.hidden, found.is_target
+    return {
+        "Gram, first-order change": -diagnostics.first_order_change(gram, pull)[:, 0],
+        "Gram in the optimizer's metric": -diagnostics.first_order_change(own, pull)[:, 0],
+        "Gram, band margin": -diagnostics.band_margin(gram, pull),
+        "Gram, cosine": diagnostics.cosine(gram),
+        "unembedding Gram (alpha-weighted)": embeddings.alpha_weighted_ches(head),
+        "CHES": embeddings.ches(*states),
+        "CHES, length-normalised": embeddings.ches_length_normalised(*states),
+        "last hidden inner product": embeddings.last_hidden_similarity(*states),
+    }
+
+
 def signals(config: Config, seed: int, problem, params, policy, run: Programs) -> dict[str, Any]:
     """``signals [signals pairs]`` in the order of `SIGNALS`; and ``gram``, ``logp`` beside them."""
     rows = protocol.rows(config, problem, seed)
@@ -85,29 +102,17 @@ def signals(config: Config, seed: int, problem, params, policy, run: Programs) -
     update, metric = _first_update(name, params, run.slope(params, batch))
     together = run.change(params, batch[:3], update)[1]
     gram = run.grams(params, batch[:3], jax.tree.map(jnp.ones_like, metric))
-    own = diagnostics.first_order_change(run.grams(params, batch[:3], metric), pull)
+    own = run.grams(params, batch[:3], metric)
     alone = []
     for i in tqdm(rows, "first updates", leave=False):
         one = problem.rows([i])
         update, _ = _first_update(name, params, run.slope(params, one))
         alone.append(run.change(params, one[:3], update)[1][0, 0])
     found = run.hidden(params, batch)
-    head = embeddings.unembedding_gram(
-        found.hidden, found.targets, found.is_target, policy.unembedding(params)
-    )
-    plain = diagnostics.first_order_change(gram, pull)
-    states = found.hidden, found.is_target
     values = {
         "first update, pair alone": -np.array(alone),
         "first update, all pairs": -together[:, 0],
-        "Gram, first-order change": -plain[:, 0],
-        "Gram in the optimizer's metric": -own[:, 0],
-        "Gram, band margin": -diagnostics.band_margin(gram, pull),
-        "Gram, cosine": diagnostics.cosine(gram),
-        "unembedding Gram (alpha-weighted)": embeddings.alpha_weighted_ches(head),
-        "CHES": embeddings.ches(*states),
-        "CHES, length-normalised": embeddings.ches_length_normalised(*states),
-        "last hidden inner product": embeddings.last_hidden_similarity(*states),
+        **_of_pairs(gram, own, pull, found, policy.unembedding(params)),
         **text_signals(np.asarray(found.targets), np.asarray(found.is_target), seed),
     }
     # Gradients at an obtuse angle have no edge to be near to: the farthest from a fall.

@@ -275,8 +275,7 @@ def _predictions(
 
 @jax.jit
 def _closed_forms(unembedding: jax.Array, hidden: jax.Array, chosen: int, rejected: int):
-    """What the unembedding and the state alone say: the direction, the terms of the rate, its
-    geometry."""
+    """From the unembedding and the state alone: the direction, the rate's terms, its geometry."""
     words = {"chosen": chosen, "rejected": rejected}
     return (
         embeddings.unembedding_direction(unembedding, **words),
