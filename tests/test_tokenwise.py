@@ -34,6 +34,15 @@ DATA = {
 REAL = DATA["is_target"]
 
 
+def grad(function, **options):
+    """One program, not one an operation."""
+    return jax.jit(jax.grad(function, **options))
+
+
+def value_and_grad(function, **options):
+    return jax.jit(jax.value_and_grad(function, **options))
+
+
 def bound(name, *, dtype=jnp.float64, **arguments):
     """The loss as a function of its log-probabilities: what it reads of DATA, unless given here."""
     data = read(name, DATA, dtype)
@@ -115,7 +124,7 @@ def somewhere(name):
 
 @pytest.mark.parametrize("point", POINTS, ids=label)
 def test_value_and_pulls_are_those_of_the_formula(point):
-    value, pull = jax.value_and_grad(bound(point.name, **arguments_of(point)))(point.logp)
+    value, pull = value_and_grad(bound(point.name, **arguments_of(point)))(point.logp)
     # The numbers are written with six decimals.
     np.testing.assert_allclose(value, point.value, rtol=0, atol=6e-7)
     rows = [pull] if pull.ndim == 1 else pull
@@ -149,7 +158,7 @@ def test_derivatives_agree_with_finite_differences(point):
 def test_tdpo2_of_no_divergence_is_dpo():
     for name in ("tdpo1", "tdpo2"):
         none = bound(name, **({"alpha": 0} if name == "tdpo2" else {"kl": jnp.zeros(2)}))
-        found, expected = (jax.value_and_grad(f)(B) for f in (none, dpo))
+        found, expected = (value_and_grad(f)(B) for f in (none, dpo))
         np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
         np.testing.assert_allclose(found[1], expected[1], rtol=1e-12)
 
@@ -160,7 +169,7 @@ def dpo(logp):
 
 def test_tdpo1_and_tdpo2_of_alpha_1_differ_by_the_stopped_gradient_only():
     one, two = (
-        jax.value_and_grad(lambda kl, f=f: f(A, REFERENCE, kl))
+        value_and_grad(lambda kl, f=f: f(A, REFERENCE, kl))
         for f in (
             losses.tdpo1,
             functools.partial(losses.tdpo2, alpha=1),
@@ -202,8 +211,8 @@ def test_the_first_step_of_tdpo_is_that_of_dpo(loss, small_model):
 
     @jax.jit
     def both(hidden):
-        plain = jax.grad(lambda h: losses.dpo(scores(h, small_model)[0], reference))(hidden)
-        return jax.grad(tdpo)(hidden), plain
+        plain = grad(lambda h: losses.dpo(scores(h, small_model)[0], reference))(hidden)
+        return grad(tdpo)(hidden), plain
 
     np.testing.assert_allclose(*both(still), rtol=1e-10, atol=1e-14)
     later, moved = both(1.3 * still)
@@ -326,7 +335,7 @@ def test_activation_masks_at_their_edges():
     np.testing.assert_array_equal(found, [[1, 1, 0], [0, 0, 0]])
     seen = losses.sparsepo_activation_mask(activations, jnp.ones((2, 3), bool))
     assert np.isnan(seen).any(axis=-1).all()
-    slope = jax.grad(lambda a: losses.sparsepo_activation_mask(a, REAL).sum())(activations)
+    slope = grad(lambda a: losses.sparsepo_activation_mask(a, REAL).sum())(activations)
     np.testing.assert_array_equal(slope, 0)
 
 
@@ -378,7 +387,7 @@ def test_the_price_of_a_mask_is_its_sum():
         loss = bound("sparsepo", mask=mask, lam=0.3)(TOKENS)
         return loss - bound("sparsepo", mask=mask)(TOKENS)
 
-    value, slope = jax.value_and_grad(priced)(DATA["mask"])
+    value, slope = value_and_grad(priced)(DATA["mask"])
     np.testing.assert_allclose(value, 0.3 * 3.75, rtol=1e-12)
     np.testing.assert_allclose(slope, [[0.3, 0.3, 0], [0.3, 0.3, 0]], rtol=1e-10, atol=1e-12)
 
@@ -389,7 +398,7 @@ def test_tis_weights_grow_with_agreement_and_are_bounded():
     found = losses.tis_weights(better, worse, scale=2, mu=0.7)
     expected = [[3.501345001, 1.409376179, 5.715302236], [1.142418128, 2.838135097, 0.6998754982]]
     np.testing.assert_allclose(found, expected, rtol=1e-9)
-    slope = jax.grad(lambda x: losses.tis_weights(x, worse).sum())(better)
+    slope = grad(lambda x: losses.tis_weights(x, worse).sum())(better)
     np.testing.assert_array_equal(slope, 0)
 
 
@@ -421,7 +430,7 @@ def test_feature_distance_reads_the_policys_strongest():
     def of(codes, other):
         return losses.feature_distance(codes, other, k=2)
 
-    value, slopes = jax.value_and_grad(of, argnums=(0, 1))(codes, other)
+    value, slopes = value_and_grad(of, argnums=(0, 1))(codes, other)
     assert float(value) == (1 + 9) / 2
     np.testing.assert_allclose(slopes[0], [1, 0, -3, 0], rtol=1e-12)
     np.testing.assert_array_equal(slopes[1], 0)
@@ -494,7 +503,7 @@ def test_fpo_of_no_constraint_and_single_tokens_is_dpo():
 def test_gradients_enter_what_is_trained_and_nothing_else(name):
     loss, at = bound(name), somewhere(name)
     floats = {k: v for k, v in loss.keywords.items() if v.dtype == jnp.float64}
-    slopes = jax.grad(lambda d: loss.func(at, **{**loss.keywords, **d}).sum())(floats)
+    slopes = grad(lambda d: loss.func(at, **{**loss.keywords, **d}).sum())(floats)
     for argument, slope in slopes.items():
         moved = np.any(np.asarray(slope) != 0)
         assert moved == (argument in TRAINED.get(name, [])), argument
@@ -506,7 +515,7 @@ def test_gradients_enter_what_is_trained_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_tokens_that_are_not_scored_are_not_read(name):
-    value, pull = jax.value_and_grad(bound(name))(TOKENS)
+    value, pull = value_and_grad(bound(name))(TOKENS)
     assert np.isfinite(value)
     assert np.isfinite(pull).all()
     assert pull[1, 2] == 0
@@ -584,10 +593,15 @@ def test_bfloat16_is_computed_in_float32_and_float64_stays(name):
         for k, v in narrow.keywords.items()
     }
     at = somewhere(name).astype(jnp.bfloat16)
-    found, expected = narrow(at), narrow.func(at.astype(jnp.float32), **wide)
+
+    @jax.jit
+    def both(x):
+        return narrow(x), narrow.func(x.astype(jnp.float32), **wide)
+
+    found, expected = both(at)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, expected)
-    assert bound(name)(somewhere(name)).dtype == jnp.float64
+    assert jax.eval_shape(bound(name), somewhere(name)).dtype == jnp.float64
 
 
 # --- composition ----------------------------------------------------------------------------------
@@ -606,7 +620,8 @@ def test_batch_axes_are_kept_and_rows_do_not_meet(name, key):
     assert whole.shape == (2, 3)
     if name == "sampo":  # a pair has its own draw in a batch
         return
-    rows = np.array([[loss(pair) for pair in row] for row in logp])
+    one = jax.jit(loss)
+    rows = np.array([[one(pair) for pair in row] for row in np.asarray(logp)])
     np.testing.assert_allclose(whole, rows, rtol=1e-12)
 
 
@@ -615,8 +630,9 @@ def test_jit_vmap_and_grad_compose(name, key):
     at = somewhere(name)
     logp = jnp.stack([at, at]) + jax.random.uniform(key, (2, *at.shape))
     value, pull = jax.jit(jax.vmap(jax.value_and_grad(bound(name))))(logp)
+    one = value_and_grad(bound(name))
     for row in range(2):
-        expected = jax.value_and_grad(bound(name))(logp[row])
+        expected = one(logp[row])
         np.testing.assert_allclose(value[row], expected[0], rtol=1e-12)
         np.testing.assert_allclose(pull[row], expected[1], rtol=1e-10, atol=1e-14)
 
