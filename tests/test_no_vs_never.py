@@ -455,6 +455,16 @@ def test_a_model_folder_without_weights(tiny_model, tmp_path):
     assert "safetensors" in said
 
 
+def test_a_question_that_the_model_cannot_read_is_named(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": 8}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    said = refused(model=tmp_path / "short", cwd=tmp_path)
+    assert re.search(r"question 0: a text of \d+ tokens, expected at most 9: this model", said)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_finished_run_is_not_overwritten(made, tiny_model):
     _, path, *_ = made
     before = {each: each.stat().st_mtime_ns for each in path.rglob("*")}

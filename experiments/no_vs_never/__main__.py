@@ -24,7 +24,7 @@ from experiments.no_vs_never.protocol import (
 )
 from jaxpref import runs
 from jaxpref.data import hub
-from jaxpref.models import pretrained
+from jaxpref.models import bounds, pretrained
 from jaxpref.score import command
 
 
@@ -49,6 +49,10 @@ def _validate(config: Config) -> None:
         if chosen == rejected:
             raise ValueError(f"pairs: {pair!r} prefers a word to itself")
         prompt_rows(config, pair)
+    # The question, the end of its line, and any one token as the answer.
+    asked = [tokenizer.encode(x.question + "\n") for x in load_questions(config)]
+    places = [f"question {number}" for number in range(len(asked))]
+    bounds.check(load_model(config.model).policy.bounds, [[*ids, 0] for ids in asked], places)
 
 
 def _metrics(config: Config, arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:

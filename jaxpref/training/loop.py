@@ -101,15 +101,15 @@ def fit(
 def _try_shapes(step: Step, state: State, batch_at: Callable[[int], Any], numbers: range) -> None:
     """Traces the step for every shape to come, until a row of the data comes again: an epoch."""
     # A jitted step, or one that says which it calls.
-    known = (step, getattr(step, "__wrapped__", None))
-    traced: Any = next((f for f in known if _is_jitted(f)), None)
+    both: list[Any] = [step, getattr(step, "__wrapped__", None)]
+    traced = [f for f in both if hasattr(f, "eval_shape")]
     tried, rows = set(), set()
-    for number in numbers if traced is not None else ():
+    for number in numbers if traced else ():
         batch = batch_at(number)
         shapes = repr(jax.eval_shape(lambda x: x, batch))
         if shapes not in tried:
             try:
-                traced.eval_shape(state, batch)
+                traced[0].eval_shape(state, batch)
             except ValueError as error:
                 raise ValueError(f"step {number}: {error}") from None
         index = getattr(batch, "index", None)
@@ -118,10 +118,6 @@ def _try_shapes(step: Step, state: State, batch_at: Callable[[int], Any], number
             return
         tried.add(shapes)
         rows |= new
-
-
-def _is_jitted(step: Any) -> bool:
-    return hasattr(step, "eval_shape")
 
 
 def _not_finite(metrics: Mapping[str, np.ndarray]) -> str:
