@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grams import check
+from grams import check, slopes
 
 from jaxpref import gradients
 from jaxpref.gradients import contractions
 
-X = jax.random.normal(jax.random.key(0), (3, 5, 4), jnp.float64)
-IDS = jax.random.randint(jax.random.key(1), (3, 5), 0, 4)
-W = jax.random.normal(jax.random.key(2), (4, 4), jnp.float64)
-LAYERS = jax.random.normal(jax.random.key(3), (3, 4, 4), jnp.float64)
+RANDOM = np.random.default_rng(0)
+X = jnp.asarray(RANDOM.normal(size=(3, 5, 4)))
+IDS = jnp.asarray(RANDOM.integers(0, 4, (3, 5)), jnp.int32)
+W = jnp.asarray(RANDOM.normal(size=(4, 4)))
+LAYERS = jnp.asarray(RANDOM.normal(size=(3, 4, 4)))
 
 
 def same_way_twice(W, x):
@@ -111,10 +112,15 @@ STACKED = [
 
 @pytest.mark.parametrize("fn", [*ODD, *STACKED], ids=lambda fn: fn.__name__)
 def test_odd_functions_equal_plain_gradients(fn):
-    params = LAYERS if fn in STACKED else W
-    check(fn, params, X)
-    weights = 1 + jnp.cos(jnp.arange(params.size)).reshape(params.shape)
-    check(fn, params, X, metric=weights)
+    check_with_metric(fn, LAYERS if fn in STACKED else W, X)
+
+
+def check_with_metric(fn, params, examples):
+    """With one and without, and every gradient once."""
+    jacobian = slopes(fn, params, examples)
+    check(fn, params, examples, jacobian=jacobian)
+    weights = 1 + np.cos(np.arange(params.size)).reshape(params.shape)
+    check(fn, params, examples, metric=weights, jacobian=jacobian)
 
 
 def read_fill(W, ids):
@@ -138,10 +144,9 @@ READS = [read_fill, read_clip, read_turned, read_and_multiply]
 
 @pytest.mark.parametrize("fn", READS, ids=lambda fn: fn.__name__)
 def test_tables_equal_plain_gradients(fn):
-    beyond = IDS.at[0, 1].set(7).at[1, 2].set(-9)
-    ids = beyond if fn in (read_fill, read_clip) else IDS
-    check(fn, W, ids)
-    check(fn, W, ids, metric=1 + jnp.cos(jnp.arange(W.size)).reshape(W.shape))
+    beyond = np.array(IDS)
+    beyond[0, 1], beyond[1, 2] = 7, -9
+    check_with_metric(fn, W, beyond if fn in (read_fill, read_clip) else IDS)
 
 
 @pytest.mark.parametrize("examples", [X, IDS], ids=["inputs", "ids"])
@@ -155,15 +160,15 @@ def test_several_outputs_of_an_example(examples):
 
 @pytest.mark.parametrize("rule", ["tokens", "rows"])
 def test_several_outputs_of_a_parameter_that_is_used_once(rule):
-    wide = jax.random.normal(jax.random.key(3), (9, 9), jnp.float64)
-    inputs = X[:, :2] @ wide[:4] / 9
+    wide = np.random.default_rng(3).normal(size=(9, 9))
+    inputs = np.asarray(X)[:, :2] @ wide[:4] / 9
 
     def three(W, x):  # blocks between two examples are not symmetric
         y = W[x] if rule == "rows" else x @ W
         return jnp.tanh(jnp.cumsum(y, axis=0) @ wide[:, :3] / 9).sum(axis=0)
 
-    examples = IDS if rule == "rows" else inputs
-    examples = jnp.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
+    examples = np.asarray(IDS) if rule == "rows" else inputs
+    examples = np.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
     assert len(examples) > contractions.UNROLLED
     assert gradients.explain(three, wide, examples) == {"": rule}
     gram = check(three, wide, examples).gram
