@@ -9,9 +9,9 @@ from jax.extend import core
 from jaxpref import gradients
 
 
-def slopes(logp_fn, params, examples):
+def slopes(logp_fn, params, examples, derivative=jax.jacrev):
     """Gradients of all examples, each in the structure of the parameters."""
-    return jax.jit(jax.vmap(jax.jacrev(logp_fn), (None, 0)))(params, examples)
+    return jax.jit(jax.vmap(derivative(logp_fn), (None, 0)))(params, examples)
 
 
 def naive(jacobian, params, weights=None):

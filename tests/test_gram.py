@@ -98,7 +98,7 @@ def measured(name):
     chunk = 3 if name == "llama" else 1  # pairs at once
     fast = jax.jit(functools.partial(gradients.pair_grams, logp_fn, chunk=chunk))
     examples = tuple(x.reshape(6, TIME) for x in pairs)
-    return fast(params, pairs), slopes(logp_fn, params, examples)
+    return fast(params, pairs), slopes(logp_fn, params, examples, jax.grad)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -228,7 +228,8 @@ def test_half_precision_compute_is_summed_in_float32():
     logp_fn, examples = response_logp(policy), some_pairs()
     found = jax.jit(functools.partial(gradients.pair_grams, logp_fn))(params, examples).gram
     assert found.dtype == jnp.float32
-    jacobian = slopes(logp_fn, params, tuple(x.reshape(4, TIME) for x in examples))
+    responses = tuple(x.reshape(4, TIME) for x in examples)
+    jacobian = slopes(logp_fn, params, responses, jax.grad)
     rows = [np.reshape(x, (2, 2, -1)) for x in jax.tree.leaves(jacobian)]
     flat = np.concatenate(rows, axis=2).astype(np.float64)
     expected = np.einsum("pix,pjx->pij", flat, flat)
