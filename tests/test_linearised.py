@@ -34,9 +34,10 @@ def as_optax_needs_it():
 @pytest.fixture
 def trained():
     """Parameters and three gradients, one of them with a zero."""
-    keys = jax.random.split(jax.random.key(4), 4)
-    params, *slopes = ({"w": jax.random.normal(key, (3, 2), jnp.float64)} for key in keys)
-    slopes[2]["w"] = slopes[2]["w"].at[1, 1].set(0.0)
+    draw = np.random.default_rng(4)
+    params, *slopes = ({"w": draw.normal(size=(3, 2))} for _ in range(4))
+    slopes[2]["w"][1, 1] = 0.0
+    params, *slopes = jax.tree.map(jnp.asarray, (params, *slopes))
     return params, slopes
 
 
