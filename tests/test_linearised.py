@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jaxpref import gradients, logprobs
 from jaxpref.models import decoder
@@ -126,7 +125,9 @@ def test_a_model_with_untouched_rows_has_a_metric():
         positions="learned", max_positions=12,
     )  # fmt: skip
     types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
-    policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **types))
+    policy, shapes = decoder.abstract(config, **types)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(draw.normal(0.5, 0.5, x.shape)), shapes)
     tokens = jnp.array([[3, 5, 3, 8], [3, 5, 2, 8]])
 
     def logp(params, tokens):
