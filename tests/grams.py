@@ -9,9 +9,13 @@ from jax.extend import core
 from jaxpref import gradients
 
 
-def naive(logp_fn, params, examples, weights=None):
+def slopes(logp_fn, params, examples, derivative=jax.jacrev):
+    """Gradients of all examples, each in the structure of the parameters."""
+    return jax.jit(jax.vmap(derivative(logp_fn), (None, 0)))(params, examples)
+
+
+def naive(jacobian, params, weights=None):
     """Gram of flattened gradients ``[examples outputs entries]``."""
-    jacobian = jax.jit(jax.vmap(jax.jacrev(logp_fn), (None, 0)))(params, examples)
     leaves = list(zip(jax.tree.leaves(jacobian), jax.tree.leaves(params), strict=True))
     rows = [np.reshape(g, (len(g), -1, leaf.size)) for g, leaf in leaves]
     flat, scale = np.concatenate(rows, axis=2), np.ones(())
@@ -20,11 +24,12 @@ def naive(logp_fn, params, examples, weights=None):
     return np.einsum("iap,jbp->iajb", flat * scale, flat)
 
 
-def check(logp_fn, params, examples, metric=None):
-    """Fast against naive; returns what was found."""
-    fast = jax.jit(functools.partial(gradients.gram, logp_fn))
+def check(logp_fn, params, examples, metric=None, jacobian=None, fast=None):
+    """Fast against naive; returns what was found. What is compiled already may be given."""
+    fast = fast or jax.jit(functools.partial(gradients.gram, logp_fn))
+    jacobian = slopes(logp_fn, params, examples) if jacobian is None else jacobian
     found = fast(params, examples, metric=metric)
-    expected = naive(logp_fn, params, examples, metric).reshape(found.gram.shape)
+    expected = naive(jacobian, params, metric).reshape(found.gram.shape)
     # Of float64: 1e-9 of the largest entry, four digits above the rounding of the longest sums.
     np.testing.assert_allclose(found.gram, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
     return found

@@ -13,18 +13,18 @@ import numpy as np
 from jax import lax
 
 MODE = lax.GatherScatterMode
-KEYS = jax.random.split(jax.random.key(11), 9)
+RANDOM = np.random.default_rng(11)
 PARAMS = {
-    "W": jax.random.normal(KEYS[0], (4, 4), jnp.float64),
-    "V": jax.random.normal(KEYS[1], (4, 4), jnp.float64),
-    "layers": jax.random.normal(KEYS[2], (2, 4, 4), jnp.float64),
-    "table": jax.random.normal(KEYS[3], (5, 4), jnp.float64),
-    "bias": jax.random.normal(KEYS[4], (4,), jnp.float64),
+    "W": jnp.asarray(RANDOM.normal(size=(4, 4))),
+    "V": jnp.asarray(RANDOM.normal(size=(4, 4))),
+    "layers": jnp.asarray(RANDOM.normal(size=(2, 4, 4))),
+    "table": jnp.asarray(RANDOM.normal(size=(5, 4))),
+    "bias": jnp.asarray(RANDOM.normal(size=(4,))),
     "scale": jnp.asarray(0.7),
     "none": jnp.zeros((0, 4)),
 }
 EXAMPLES = (
-    jax.random.normal(KEYS[6], (2, 5, 4), jnp.float64),
+    jnp.asarray(RANDOM.normal(size=(2, 5, 4))),
     jnp.array([[0, 3, 1, 4, 0], [2, 2, 4, 1, 2]], jnp.int32),
 )
 

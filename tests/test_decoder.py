@@ -1,6 +1,7 @@
 """The decoder: one code for every family, held against a loop in NumPy."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,25 +18,27 @@ SMALL = DecoderConfig(
     vocab=13, width=12, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=10, max_positions=32
 )
 LAYER = {"norm": "layer", "qkv_bias": True, "output_bias": True, "mlp_bias": True, "gated": False}
+ONE = dataclasses.replace(SMALL, layers=1)
 FAMILIES = {
     "llama": SMALL,
-    "llama3": dataclasses.replace(SMALL, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "llama3": dataclasses.replace(ONE, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
     "gpt2": dataclasses.replace(
-        SMALL, **LAYER, activation="gelu_tanh", positions="learned", kv_heads=4
+        ONE, **LAYER, activation="gelu_tanh", positions="learned", kv_heads=4
     ),
     "gpt_neox": dataclasses.replace(
-        SMALL, **LAYER, activation="gelu", rope_fraction=0.34, parallel_residual=True, tied=False
+        ONE, **LAYER, activation="gelu", rope_fraction=0.34, parallel_residual=True, tied=False
     ),
-    "olmo": dataclasses.replace(SMALL, norm="layer_plain", clip_qkv=0.05),
+    "olmo": dataclasses.replace(ONE, norm="layer_plain", clip_qkv=0.05),
     "gemma": dataclasses.replace(
-        SMALL, norm_offset=1.0, activation="gelu_tanh", embedding_scale=12**0.5, kv_heads=1
+        ONE, norm_offset=1.0, activation="gelu_tanh", embedding_scale=12**0.5, kv_heads=1
     ),
-    "qwen2": dataclasses.replace(SMALL, qkv_bias=True),
-    "qwen3": dataclasses.replace(SMALL, query_key_norm=True),
+    "qwen2": dataclasses.replace(ONE, qkv_bias=True),
+    "qwen3": dataclasses.replace(ONE, query_key_norm=True),
 }
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
 
 
+@functools.cache
 def build(config, **options):
     """A decoder whose scales are about one, and no bias is zero: every one of them counts."""
     types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
@@ -50,19 +53,29 @@ def build(config, **options):
     return policy._replace(hidden=jax.jit(policy.hidden)), params
 
 
-def sum_and_slope(policy):
-    """Of the sum of the states' sines."""
+@functools.cache
+def sum_and_slope(config, **options):
+    """Of the sum of the states' sines; the slope not stacked."""
+    policy, _ = build(config, **options)
+    _, params = build(config)
 
     def sine(params):
         return jnp.sin(policy.hidden(params, TOKENS)).sum()
 
-    return jax.jit(jax.value_and_grad(sine))
+    own = decoder.stack_layers(params) if options.get("scan") else params
+    value, slope = jax.jit(jax.value_and_grad(sine))(own)
+    return value, decoder.unstack_layers(slope) if options.get("scan") else slope
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=list(FAMILIES))
 def family(request):
     config = FAMILIES[request.param]
     return config, *build(config)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build(ONE)
 
 
 # -- A second implementation: one sequence, one position, one head at a time
@@ -193,8 +206,8 @@ def test_padding_changes_nothing(family, left, right):
     )
 
 
-def test_a_row_that_sees_nothing_has_finite_derivatives():
-    policy, params = build(SMALL)
+def test_a_row_that_sees_nothing_has_finite_derivatives(llama):
+    policy, params = llama
     attend = np.broadcast_to(
         np.tril(np.ones((7, 7), bool), -1), (2, 7, 7)
     )  # the first sees nothing
@@ -204,34 +217,32 @@ def test_a_row_that_sees_nothing_has_finite_derivatives():
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-def test_rope_depends_on_distances_alone():
-    policy, params = build(SMALL)
-    moved = np.broadcast_to(np.arange(7) + 11, TOKENS.shape)
-    np.testing.assert_allclose(
-        policy.hidden(params, TOKENS, moved), policy.hidden(params, TOKENS), rtol=1e-10, atol=1e-12
-    )
-    stretched = np.broadcast_to(2 * np.arange(7), TOKENS.shape)
-    other = policy.hidden(params, TOKENS, stretched)
-    assert np.abs(other - policy.hidden(params, TOKENS)).max() > 1e-3
+def test_rope_depends_on_distances_alone(llama):
+    policy, params = llama
+    places = np.stack([np.broadcast_to(x, 7) for x in (np.arange(7), np.arange(7) + 11)])
+    here, moved = policy.hidden(params, TOKENS[[1, 1]], places)
+    np.testing.assert_allclose(moved, here, rtol=1e-10, atol=1e-12)
+    stretched = np.stack([2 * np.arange(7)] * 2)
+    other = policy.hidden(params, TOKENS[[1, 1]], stretched)[0]
+    assert np.abs(other - here).max() > 1e-3
 
 
-def test_scan_and_remat_change_nothing(family):
-    config, policy, params = family
-    compare(config, policy, params, {"scan": True, "remat": True})
-
-
-@pytest.mark.parametrize("option", ["scan", "remat"])
-def test_scan_or_remat_alone_change_nothing(option):
-    compare(SMALL, *build(SMALL), {option: True})
-
-
-def compare(config, policy, params, options):
-    expected, slope = sum_and_slope(policy)(params)
-    other, _ = build(config, **options)
-    own = decoder.stack_layers(params) if options.get("scan") else params
-    value, gradient = sum_and_slope(other)(own)
+# Both wrap a layer whatever is in it: each alone, and together on layers with all there can be.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"scan": True}),
+        ("llama", {"remat": True}),
+        ("gpt_neox", {"scan": True, "remat": True}),
+        ("qwen3", {"scan": True, "remat": True}),
+    ],
+    ids=str,
+)
+def test_scan_and_remat_change_nothing(name, options):
+    config = dataclasses.replace(FAMILIES[name], layers=2)
+    expected, slope = sum_and_slope(config)
+    value, gradient = sum_and_slope(config, **options)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    gradient = decoder.unstack_layers(gradient) if options.get("scan") else gradient
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
 
@@ -254,22 +265,26 @@ def test_the_derivative_is_that_of_the_value():
 
 
 def test_half_precision_compute_keeps_its_dtype_and_comes_close():
-    policy, params = decoder.functional(
-        decoder.Decoder(SMALL, rngs=nnx.Rngs(0), compute_dtype=jnp.bfloat16)
-    )
-    exact, _ = decoder.functional(decoder.Decoder(SMALL, rngs=nnx.Rngs(0)))
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    hidden = jax.jit(policy.hidden)(params, TOKENS)
+    policy, shapes = decoder.abstract(SMALL, compute_dtype=jnp.bfloat16)
+    exact, _ = decoder.abstract(SMALL)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes))
+    random = np.random.default_rng(2)
+
+    def draw(path, leaf):
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return np.asarray(mean + 0.02 * random.standard_normal(leaf.shape), leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    both = jax.jit(lambda p: (policy.hidden(p, TOKENS), exact.hidden(p, TOKENS)))
+    hidden, expected = both(params)
     assert hidden.dtype == jnp.bfloat16
     # Eight bits of mantissa through two layers; the states are of size one.
-    np.testing.assert_allclose(
-        hidden.astype(jnp.float32), jax.jit(exact.hidden)(params, TOKENS), atol=0.05, rtol=0
-    )
+    np.testing.assert_allclose(hidden.astype(jnp.float32), expected, atol=0.05, rtol=0)
 
 
 def test_abstract_has_the_shapes_without_the_numbers():
-    _, params = decoder.functional(decoder.Decoder(SMALL, rngs=nnx.Rngs(0)))
-    policy, shapes = decoder.abstract(SMALL)
+    _, params = decoder.functional(decoder.Decoder(ONE, rngs=nnx.Rngs(0)))
+    policy, shapes = decoder.abstract(ONE)
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes))
     hidden = jax.eval_shape(policy.hidden, shapes, jax.ShapeDtypeStruct((2, 7), jnp.int32))

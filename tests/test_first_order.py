@@ -9,13 +9,14 @@ term were missing the error would only halve.
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jaxpref import diagnostics, gradients, logprobs, losses
 from jaxpref.models import decoder
@@ -43,7 +44,14 @@ def model():
         vocab=11, width=8, layers=1, heads=2, kv_heads=1, head_width=4, mlp_width=12
     )
     types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
-    policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **types))
+    policy, shapes = decoder.abstract(config, **types)
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return mean + 0.02 * random.standard_normal(leaf.shape)
+
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
     tokens = np.random.default_rng(7).integers(0, 11, (PAIRS, 2, TIME))
     real = np.ones(tokens.shape, bool)
     scored = real & (np.arange(TIME) >= 3)
@@ -79,65 +87,86 @@ def pair_losses(model):
 def test_every_loss_pulls_here(model, pair_losses):
     """None is flat or at a kink, so none passes by not moving."""
     logps, params, pairs = model
-    logp = jax.jit(jax.vmap(logps, (None, 0)))(params, pairs)
-    for name, loss in zip(PAIRWISE, pair_losses, strict=True):
-        pull = jax.jit(jax.grad(lambda x, loss=loss: loss(x).sum()))
-        here, near = pull(logp), pull(logp + 1e-6)
+
+    @jax.jit
+    def pulls(params):
+        logp = jax.vmap(logps, (None, 0))(params, pairs)
+        slopes = [jax.vmap(jax.grad(lambda x, f=f: f(x).sum())) for f in pair_losses]
+        return [slope(jnp.stack([logp, logp + 1e-6])) for slope in slopes]
+
+    for name, (here, near) in zip(PAIRWISE, pulls(params), strict=True):
         assert (here != 0).any(), name
         assert abs(near - here).max() < 1e-4 * abs(here).max(), name
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_halving_the_learning_rate_quarters_the_error(model, pair_losses, name):
-    logps, params, pairs = model
-    make, decay, rate = OPTIMIZERS[name]
-    of_batch = jax.vmap(logps, (None, 0))
+class Programs(NamedTuple):
+    """What no optimizer changes, of all losses at once: compiled once for the three of them."""
 
-    def value(which, logp):
-        return jax.lax.switch(which, pair_losses, logp)
+    slope: Callable  # params -> (logp, pull, gradient of the mean loss)
+    predicted: Callable  # (params, pull, linearised update) -> change
+    logp: Callable  # params -> [losses pairs 2]
 
-    def errors(row):
-        """Of one loss: the error of the prediction at a learning rate and at half of it."""
-        which, state = row
 
-        def mean_loss(p):
-            return value(which, of_batch(p, pairs)).mean()
+@pytest.fixture(scope="module")
+def programs(model, pair_losses):
+    logps, _, pairs = model
 
-        gradient = jax.grad(mean_loss)(params)
-        logp = of_batch(params, pairs)
-        pull = jax.grad(lambda x: value(which, x).sum())(logp)
-        # Gradient descent of a steep loss would leave the region where the square rules.
-        own = rate / jnp.maximum(1.0, abs(pull).max()) if decay is None else jnp.asarray(rate)
-        unit = linearised(make(1.0), state, gradient, params, decay=decay)
+    def of_batch(params):
+        return jax.vmap(logps, (None, 0))(params, pairs)
+
+    def slope(row):
+        which, params = row
+        logp, back = jax.vjp(of_batch, params)
+        pull = jax.grad(lambda x: jax.lax.switch(which, pair_losses, x).sum())(logp)
+        return logp, pull, back(pull / len(pull))[0]
+
+    def predicted(row):
+        params, pull, unit = row
         gram = gradients.gram(logps, params, pairs, metric=unit.metric).gram
-        _, carried = gradients.directional(lambda p: of_batch(p, pairs), params, unit.carried)
-        predicted = carried + diagnostics.batch_change(gram, pull)
+        carried = gradients.directional(of_batch, params, unit.carried)[1]
+        return carried + diagnostics.batch_change(gram, pull)
 
-        def error(rate):
-            update, _ = make(rate).update(gradient, state, params)
-            measured = of_batch(optax.apply_updates(params, update), pairs) - logp
-            return jnp.linalg.norm(measured - rate * predicted), jnp.linalg.norm(measured)
+    which = jnp.arange(len(pair_losses))
+    return Programs(
+        jax.jit(lambda params: jax.lax.map(slope, (which, params))),
+        jax.jit(lambda *rows: jax.lax.map(predicted, rows)),
+        jax.jit(lambda params: jax.lax.map(of_batch, params)),
+    )
 
-        return jax.lax.map(error, jnp.stack([own, own / 2]))
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_halving_the_learning_rate_quarters_the_error(model, programs, name):
+    make, decay, rate = OPTIMIZERS[name]
+    params = jax.tree.map(lambda x: np.stack([x] * len(PAIRWISE)), model[1])
 
     @jax.jit
-    def run(params):
-        def train(which):  # three updates of this very loss, so that the state is one of mid-run
-            def step(carry, _):
-                p, state = carry
-                slope = jax.grad(lambda p: value(which, of_batch(p, pairs)).mean())(p)
-                update, state = make(1e-3).update(slope, state, p)
-                return (optax.apply_updates(p, update), state), None
+    @jax.vmap
+    def step(rate, params, state, gradient):
+        update, state = make(rate).update(gradient, state, params)
+        return optax.apply_updates(params, update), state
 
-            (_, state), _ = jax.lax.scan(step, (params, make(1.0).init(params)), None, length=3)
-            return state
-
-        which = jnp.arange(len(pair_losses))
-        return jax.lax.map(lambda i: errors((i, train(i))), which)
+    @jax.jit
+    @jax.vmap
+    def linear(params, state, gradient):
+        return linearised(make(1.0), state, gradient, params, decay=decay)
 
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes integers and floats
-        error, change = run(params)
-    for loss, (whole, half), (moved, _) in zip(PAIRWISE, error, change, strict=True):
+        # Three updates of each very loss, so that its state is one of mid-run.
+        moving, state = params, jax.jit(jax.vmap(make(1.0).init))(params)
+        for _ in range(3):
+            *_, gradient = programs.slope(moving)
+            moving, state = step(np.full(len(PAIRWISE), 1e-3), moving, state, gradient)
+        logp, pull, gradient = programs.slope(params)
+        predicted = programs.predicted(params, pull, linear(params, state, gradient))
+        # Gradient descent of a steep loss would leave the region where the square rules.
+        steep = np.maximum(1.0, np.abs(pull).max(axis=(1, 2))) if decay is None else 1.0
+        found = []
+        for part in (1.0, 0.5):
+            rates = np.broadcast_to(part * rate / steep, len(PAIRWISE))
+            measured = programs.logp(step(rates, params, state, gradient)[0]) - logp
+            error = measured - rates[:, None, None] * predicted
+            found += [np.sqrt(np.square(x).sum(axis=(1, 2))) for x in (error, measured)]
+    for loss, whole, moved, half, _ in zip(PAIRWISE, *found, strict=True):
         assert whole > 1e-13, loss  # above the rounding of the log-probabilities
         assert whole < 0.2 * moved, loss
         assert 3.5 < whole / half < 4.5, (loss, float(whole / half), float(whole), float(moved))

@@ -3,19 +3,22 @@
 More functions, in every order and inside one another: `test_programs`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grams import check
+from grams import check, slopes
 
 from jaxpref import gradients
 from jaxpref.gradients import contractions
 
-X = jax.random.normal(jax.random.key(0), (3, 5, 4), jnp.float64)
-IDS = jax.random.randint(jax.random.key(1), (3, 5), 0, 4)
-W = jax.random.normal(jax.random.key(2), (4, 4), jnp.float64)
-LAYERS = jax.random.normal(jax.random.key(3), (3, 4, 4), jnp.float64)
+RANDOM = np.random.default_rng(0)
+X = jnp.asarray(RANDOM.normal(size=(3, 5, 4)))
+IDS = jnp.asarray(RANDOM.integers(0, 4, (3, 5)), jnp.int32)
+W = jnp.asarray(RANDOM.normal(size=(4, 4)))
+LAYERS = jnp.asarray(RANDOM.normal(size=(3, 4, 4)))
 
 
 def same_way_twice(W, x):
@@ -111,10 +114,22 @@ STACKED = [
 
 @pytest.mark.parametrize("fn", [*ODD, *STACKED], ids=lambda fn: fn.__name__)
 def test_odd_functions_equal_plain_gradients(fn):
-    params = LAYERS if fn in STACKED else W
-    check(fn, params, X)
-    weights = 1 + jnp.cos(jnp.arange(params.size)).reshape(params.shape)
-    check(fn, params, X, metric=weights)
+    check_with_metric(fn, LAYERS if fn in STACKED else W, X)
+
+
+def check_with_metric(fn, params, examples):
+    """With one and without, and every gradient once."""
+    weights = 1 + np.cos(np.arange(params.size)).reshape(params.shape)
+
+    @jax.jit
+    def run(params):
+        plain = gradients.gram(fn, params, examples)
+        weighted = gradients.gram(fn, params, examples, metric=weights)
+        return plain, weighted, jax.vmap(jax.grad(fn), (None, 0))(params, examples)
+
+    plain, weighted, jacobian = run(params)
+    for found, metric in ((plain, None), (weighted, weights)):
+        check(fn, params, examples, metric, jacobian, fast=lambda *_, x=found, **__: x)
 
 
 def read_fill(W, ids):
@@ -138,10 +153,9 @@ READS = [read_fill, read_clip, read_turned, read_and_multiply]
 
 @pytest.mark.parametrize("fn", READS, ids=lambda fn: fn.__name__)
 def test_tables_equal_plain_gradients(fn):
-    beyond = IDS.at[0, 1].set(7).at[1, 2].set(-9)
-    ids = beyond if fn in (read_fill, read_clip) else IDS
-    check(fn, W, ids)
-    check(fn, W, ids, metric=1 + jnp.cos(jnp.arange(W.size)).reshape(W.shape))
+    beyond = np.array(IDS)
+    beyond[0, 1], beyond[1, 2] = 7, -9
+    check_with_metric(fn, W, beyond if fn in (read_fill, read_clip) else IDS)
 
 
 @pytest.mark.parametrize("examples", [X, IDS], ids=["inputs", "ids"])
@@ -155,15 +169,15 @@ def test_several_outputs_of_an_example(examples):
 
 @pytest.mark.parametrize("rule", ["tokens", "rows"])
 def test_several_outputs_of_a_parameter_that_is_used_once(rule):
-    wide = jax.random.normal(jax.random.key(3), (9, 9), jnp.float64)
-    inputs = X[:, :2] @ wide[:4] / 9
+    wide = np.random.default_rng(3).normal(size=(9, 9))
+    inputs = np.asarray(X)[:, :2] @ wide[:4] / 9
 
     def three(W, x):  # blocks between two examples are not symmetric
         y = W[x] if rule == "rows" else x @ W
         return jnp.tanh(jnp.cumsum(y, axis=0) @ wide[:, :3] / 9).sum(axis=0)
 
-    examples = IDS if rule == "rows" else inputs
-    examples = jnp.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
+    examples = np.asarray(IDS) if rule == "rows" else inputs
+    examples = np.concatenate([examples, examples[::-1] * 2 % 3])  # more than are unrolled
     assert len(examples) > contractions.UNROLLED
     assert gradients.explain(three, wide, examples) == {"": rule}
     gram = check(three, wide, examples).gram
@@ -194,18 +208,16 @@ def test_bfloat16_products_are_summed_in_float32():
         y = jnp.tanh(x.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16))
         return y.astype(jnp.float32).sum()
 
-    found = gradients.gram(logp_fn, params, X)
+    @jax.jit
+    def run(params):
+        slope = jax.grad(lambda y: jnp.tanh(y).astype(jnp.float32).sum())
+        slopes = slope(X.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16))
+        return gradients.gram(logp_fn, params, X), slopes
+
+    found, each = run(params)
     assert found.gram.dtype == jnp.float32
-    x = np.asarray(X.astype(jnp.bfloat16), np.float64)
-    slopes = [
-        jax.grad(lambda y: jnp.tanh(y).astype(jnp.float32).sum())(
-            jnp.asarray(a, jnp.bfloat16) @ params.astype(jnp.bfloat16)
-        )
-        for a in x
-    ]
-    flat = np.stack(
-        [(a.T @ np.asarray(dy, np.float64)).ravel() for a, dy in zip(x, slopes, strict=True)]
-    )
+    x = np.asarray(X, jnp.bfloat16).astype(np.float64)
+    flat = np.einsum("nti,nto->nio", x, np.asarray(each, np.float64)).reshape(3, -1)
     np.testing.assert_allclose(found.gram, flat @ flat.T, rtol=1e-5)
 
 
@@ -219,10 +231,10 @@ def test_a_table_read_in_two_dtypes():
         return jnp.tanh(y.astype(jnp.float32)).sum() + params[ids[::-1]].sum()
 
     assert gradients.explain(logp_fn, params, ids) == {"": "shared"}
-    found = gradients.gram(logp_fn, params, ids).gram
-    slopes = jax.vmap(jax.grad(logp_fn), (None, 0))(params, ids).reshape(3, -1)
+    found = jax.jit(lambda p: gradients.gram(logp_fn, p, ids).gram)(params)
+    each = np.reshape(slopes(logp_fn, params, ids, jax.grad), (3, -1))
     # Plain autodiff rounds the part of the product to bfloat16, 2^-9 of each entry.
-    expected = slopes @ slopes.T
+    expected = each @ each.T
     np.testing.assert_allclose(found, expected, atol=2**-7 * abs(expected).max())
 
 
@@ -233,7 +245,7 @@ def test_several_outputs_of_bfloat16_are_mixed_in_float32(rule):
     random = np.random.default_rng(0)
     if rule == "rows":
         examples = jnp.array([[0, 1, 1, 2], [1, 2, 3, 3]])
-        read = jax.nn.one_hot(examples, 4)
+        read = np.eye(4)[np.asarray(examples)]
     else:
         examples = read = jnp.asarray(random.integers(-15, 16, (2, 4, 9)), jnp.bfloat16)
     table = jnp.ones((read.shape[-1], 9), jnp.bfloat16)
@@ -244,10 +256,10 @@ def test_several_outputs_of_bfloat16_are_mixed_in_float32(rule):
         return (jnp.asarray(mixing, jnp.bfloat16) @ y).astype(jnp.float32).sum(axis=1)
 
     assert gradients.explain(logp_fn, table, examples) == {"": rule}
-    found = gradients.gram(logp_fn, table, examples, metric=weights).gram
-    slopes = np.einsum("at,ith->iah", mixing, np.asarray(read, np.float64))
+    found = jax.jit(lambda p: gradients.gram(logp_fn, p, examples, metric=weights).gram)(table)
+    each = np.einsum("at,ith->iah", mixing, np.asarray(read, np.float64))
     scale = np.full(table.shape, 1.0) if weights is None else np.asarray(weights, np.float64)
-    expected = np.einsum("iah,jbh,hw->iajb", slopes, slopes, scale)
+    expected = np.einsum("iah,jbh,hw->iajb", each, each, scale)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
 
 
@@ -260,14 +272,19 @@ def test_of_nothing_there_is_a_gram_of_nothing():
     def outputs(params, x):
         return x @ params["W"][0][0]
 
-    empty = gradients.gram(logp_fn, params, X[:0])
+    @jax.jit
+    def run(params):
+        pairs = gradients.pair_grams(logp_fn, params, X[None][:0, :2])
+        of = functools.partial(gradients.gram, outputs, params)
+        some = gradients.gram(logp_fn, params, X)
+        return gradients.gram(logp_fn, params, X[:0]), of(X[:0]), of(X[:, :0]), pairs, some
+
+    empty, no_example, no_output, pairs, found = run(params)
     assert (empty.gram.shape, empty.logp.shape) == ((0, 0), (0,))
     assert empty.by_parameter["W"].shape == (3, 0, 0)  # a layer each
-    assert gradients.gram(outputs, params, X[:0]).gram.shape == (0, 5, 0, 5)
-    assert gradients.gram(outputs, params, X[:, :0]).gram.shape == (3, 0, 3, 0)
-    pairs = gradients.pair_grams(logp_fn, params, X[None][:0, :2])
+    assert no_example.gram.shape == (0, 5, 0, 5)
+    assert no_output.gram.shape == (3, 0, 3, 0)
     assert (pairs.gram.shape, pairs.logp.shape) == ((0, 2, 2), (0, 2))
-    found = gradients.gram(logp_fn, params, X)
     assert not found.by_parameter["none"].any()
     np.testing.assert_array_equal(found.gram, found.by_parameter["W"].sum(axis=0))
     assert gradients.explain(logp_fn, params, X[:0])["['none']"] == "unused"
@@ -307,12 +324,21 @@ def test_errors_name_what_is_wrong():
 
 
 def test_long_inner_products_keep_their_small_terms():
-    """As long as an embedding table: one running sum in float32 would stop growing."""
+    """One running sum in float32 would leave out a part in a hundred."""
     tenth = np.float32(0.1)
-    x = jnp.full((2**24 + 3,), tenth, jnp.float32)
+    x = np.full((2**20 + 3,), tenth)
     exact = x.size * float(tenth) ** 2
-    assert float(contractions.inner(x, x)) == pytest.approx(exact, rel=1e-6)
-    found = gradients.pair_gram(lambda w, x: (w * x).sum(), jnp.zeros_like(x), jnp.stack([x, -x]))
-    np.testing.assert_allclose(found, exact * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
-    found = gradients.gram(lambda w, x: (w * x).sum(), jnp.zeros_like(x), jnp.stack([x, -x]))
-    np.testing.assert_allclose(found.gram, exact * np.array([[1, -1], [-1, 1]]), rtol=1e-6)
+
+    def logp_fn(w, x):
+        return (w * x).sum()
+
+    @jax.jit
+    def run(x):
+        both, zero = jnp.stack([x, -x]), jnp.zeros_like(x)
+        pair = gradients.pair_gram(logp_fn, zero, both)
+        return contractions.inner(x, x), pair, gradients.gram(logp_fn, zero, both).gram
+
+    number, *grams = run(x)
+    assert float(number) == pytest.approx(exact, rel=1e-6)
+    for gram in grams:
+        np.testing.assert_allclose(gram, exact * np.array([[1, -1], [-1, 1]]), rtol=1e-6)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from jaxpref import gradients, logprobs
 from jaxpref.models import decoder
@@ -34,9 +33,10 @@ def as_optax_needs_it():
 @pytest.fixture
 def trained():
     """Parameters and three gradients, one of them with a zero."""
-    keys = jax.random.split(jax.random.key(4), 4)
-    params, *slopes = ({"w": jax.random.normal(key, (3, 2), jnp.float64)} for key in keys)
-    slopes[2]["w"] = slopes[2]["w"].at[1, 1].set(0.0)
+    draw = np.random.default_rng(4)
+    params, *slopes = ({"w": draw.normal(size=(3, 2))} for _ in range(4))
+    slopes[2]["w"][1, 1] = 0.0
+    params, *slopes = jax.tree.map(jnp.asarray, (params, *slopes))
     return params, slopes
 
 
@@ -125,7 +125,9 @@ def test_a_model_with_untouched_rows_has_a_metric():
         positions="learned", max_positions=12,
     )  # fmt: skip
     types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
-    policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **types))
+    policy, shapes = decoder.abstract(config, **types)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(draw.normal(0.5, 0.5, x.shape)), shapes)
     tokens = jnp.array([[3, 5, 3, 8], [3, 5, 2, 8]])
 
     def logp(params, tokens):

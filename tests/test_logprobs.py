@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from grams import largest_array
 
 from jaxpref import logprobs
-from jaxpref.models.decoder import Decoder, DecoderConfig, Policy, functional
+from jaxpref.models.decoder import DecoderConfig, Policy, abstract
 from jaxpref.plain import ASKED
 
 PAIRS, TIME, VOCAB, WIDTH = 5, 9, 13, 8
@@ -112,17 +111,16 @@ def test_chunked_works_inside_vmap_scan_and_checkpoint(states, plain):
 
         return jax.lax.scan(body, 0, (hidden, targets))[1]
 
-    close(value_and_slopes(vmapped)(*states), plain)
-    close(value_and_slopes(scanned)(*states), plain)
+    both = jax.jit(lambda *arrays: [value_and_slopes(fn)(*arrays) for fn in (vmapped, scanned)])
+    for found in both(*states):
+        close(found, plain)
 
 
 def test_chunked_allows_many_cotangents_at_once(states):
     hidden, unembedding, targets, _ = states
     fns = functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5), logprobs.token_logprobs
-    jacobians = [
-        jax.jit(jax.jacrev(fn, (0, 1)))(hidden[0, 0], unembedding, targets[0, 0]) for fn in fns
-    ]
-    close(*jacobians)
+    both = jax.jit(lambda *arrays: [jax.jacrev(fn, (0, 1))(*arrays) for fn in fns])
+    close(*both(hidden[0, 0], unembedding, targets[0, 0]))
 
 
 def test_chunked_refuses_forward_mode_and_allows_forward_over_reverse(states):
@@ -132,9 +130,10 @@ def test_chunked_refuses_forward_mode_and_allows_forward_over_reverse(states):
         def squared(hidden):
             return (fn(hidden, unembedding, targets) ** 2).sum()
 
-        return jax.jit(lambda x: jax.jvp(jax.grad(squared), (x,), (x,))[1])(hidden)
+        return lambda x: jax.jvp(jax.grad(squared), (x,), (x,))[1]
 
-    close(product(logprobs.token_logprobs_chunked), product(logprobs.token_logprobs))
+    fns = logprobs.token_logprobs_chunked, logprobs.token_logprobs
+    close(*jax.jit(lambda x: [product(fn)(x) for fn in fns])(hidden))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(
             lambda x: logprobs.token_logprobs_chunked(x, unembedding, targets), (hidden,), (hidden,)
@@ -166,28 +165,37 @@ def test_certain_tokens_have_finite_logprobs_and_gradients(fn):
     np.testing.assert_array_equal(slopes[0], [[[0.0, 0.0], [-2.0, 1.0]]])  # W_y - W_top
 
 
+@jax.jit
+def every_reading(hidden, unembedding, targets, learned):
+    """Chunked and whole log-probabilities, statistics, and divergences from itself and another."""
+    return (
+        logprobs.token_logprobs_chunked(hidden, unembedding, targets, vocab_chunk=5),
+        logprobs.token_logprobs(hidden, unembedding, targets),
+        logprobs.token_statistics(hidden, unembedding, targets),
+        logprobs.token_kl(hidden, unembedding, hidden, unembedding),
+        logprobs.token_kl(hidden, unembedding, hidden, learned),
+    )
+
+
 @pytest.mark.parametrize("impossible", [slice(0, 5), slice(5, 10), slice(3, 12)])
 def test_words_that_are_impossible_leave_the_others_as_they_are(impossible):
     """Logits of minus infinity, of whole chunks: as a model has them for rows it never learned."""
     draw = np.random.default_rng(5)
-    hidden = jnp.asarray(1 + abs(draw.normal(size=(4, WIDTH))))
-    unembedding = jnp.asarray(draw.normal(size=(VOCAB, WIDTH))).at[impossible, 0].set(-jnp.inf)
-    targets = jnp.array([0, 4, 7, 12])
-    fn = functools.partial(logprobs.token_logprobs_chunked, vocab_chunk=5)
+    hidden = 1 + abs(draw.normal(size=(4, WIDTH)))
+    unembedding = draw.normal(size=(VOCAB, WIDTH))
+    learned = unembedding.copy()
+    unembedding[impossible, 0], learned[impossible, 0] = -np.inf, 0
+    targets = np.array([0, 4, 7, 12])
     possible = [word for word in range(VOCAB) if word not in range(VOCAB)[impossible]]
-    found = jax.jit(fn)(hidden, unembedding, targets)
+    found, whole, statistics, same, other = every_reading(hidden, unembedding, targets, learned)
     rest = numpy_logp(hidden, unembedding[np.array(possible)])
     among = np.full((4, VOCAB), -np.inf)
     among[:, possible] = rest
     np.testing.assert_allclose(found, pick(among, targets), rtol=1e-12, atol=1e-12)
-    whole = logprobs.token_logprobs(hidden, unembedding, targets)
     np.testing.assert_allclose(found, whole, rtol=1e-12, atol=1e-12)
-    statistics = logprobs.token_statistics(hidden, unembedding, targets)
     np.testing.assert_allclose(statistics.entropy, -(np.exp(rest) * rest).sum(axis=-1), rtol=1e-9)
-    assert float(abs(logprobs.token_kl(hidden, unembedding, hidden, unembedding)).max()) == 0
-    learned = jnp.where(jnp.isneginf(unembedding), 0, unembedding)
+    assert float(abs(same).max()) == 0
     kl = (np.exp(rest) * (rest - numpy_logp(hidden, learned)[:, possible])).sum(axis=-1)
-    other = logprobs.token_kl(hidden, unembedding, hidden, learned)
     np.testing.assert_allclose(other, kl, rtol=1e-9)
 
 
@@ -265,9 +273,24 @@ BIGRAM = Policy(
 def bigram(tokens, is_response, *, is_token=None, table=None, **options):
     tokens = np.array(tokens)
     is_token = np.full(tokens.shape, True) if is_token is None else np.array(is_token)
-    scores = jax.jit(functools.partial(logprobs.response_scores, BIGRAM, **options))
     table = np.log(TABLE) if table is None else table
-    return scores(table, tokens, is_token, np.array(is_response))
+    return bigram_scores(**options)(table, tokens, is_token, np.array(is_response))
+
+
+@functools.cache
+def bigram_scores(**options):
+    return jax.jit(functools.partial(logprobs.response_scores, BIGRAM, **options))
+
+
+@functools.cache
+def slope_of(row, **options):
+    """Jitted: a row's log-probability as a function of the table, and the scores of all rows."""
+
+    def chosen(table, *batch):
+        scores = bigram_scores(**options)(table, *batch)
+        return scores.logp[row], scores
+
+    return jax.jit(jax.grad(chosen, has_aux=True))
 
 
 def test_a_response_is_the_product_of_its_tokens_given_those_before():
@@ -288,11 +311,8 @@ def test_pair_scores_are_response_scores_with_chosen_first():
 
 
 def test_an_empty_response_is_certain_and_has_no_gradient():
-    def first(table):
-        scores = bigram([[0, 1], [0, 1]], [[False, False], [False, True]], table=table)
-        return scores.logp[0], scores
-
-    slope, scores = jax.grad(first, has_aux=True)(jnp.log(TABLE))
+    tokens, scored = np.array([[0, 1], [0, 1]]), np.array([[False, False], [False, True]])
+    slope, scores = slope_of(0)(np.log(TABLE), tokens, np.full((2, 2), True), scored)
     assert (scores.logp[0], scores.lengths.tolist()) == (0.0, [0.0, 1.0])
     assert not slope.any()
 
@@ -309,14 +329,10 @@ def test_an_empty_response_is_certain_and_has_no_gradient():
 def test_a_response_that_cannot_be_scored_is_nan_and_leaves_others_alone(
     is_response, is_token, max_response
 ):
-    def second(table):
-        scored, real = [is_response, [False, False, True]], [is_token, [True, True, True]]
-        tokens, options = [[0, 1, 2], [0, 1, 2]], {"max_response": max_response, "table": table}
-        logp = bigram(tokens, scored, is_token=real, **options).logp
-        return logp[1], logp
-
-    slope, logp = jax.grad(second, has_aux=True)(jnp.log(TABLE))
-    close(logp, np.array([np.nan, np.log(0.7)]))
+    real, scored = np.array([is_token, [True] * 3]), np.array([is_response, [False, False, True]])
+    tokens = np.array([[0, 1, 2], [0, 1, 2]])
+    slope, scores = slope_of(1, max_response=max_response)(np.log(TABLE), tokens, real, scored)
+    close(scores.logp, np.array([np.nan, np.log(0.7)]))
     close(slope, np.array([[0, 0, 0], [-0.1, -0.2, 0.3], [0, 0, 0]]))
 
 
@@ -329,7 +345,7 @@ def test_a_buffer_that_is_not_positive_is_named():
 
 
 def attention_hidden(params, tokens, positions=None, attend=None):
-    """Two layers of causal attention with learned positions."""
+    """A layer of causal attention with learned positions."""
     time = tokens.shape[1]
     positions = jnp.broadcast_to(jnp.arange(time), tokens.shape) if positions is None else positions
     attend = jnp.tril(jnp.ones((1, time, time), bool)) if attend is None else attend
@@ -356,8 +372,8 @@ def attention(dtype):
     shapes = {
         "embedding": (VOCAB, WIDTH),
         "positions": (2 * TIME, WIDTH),
-        "query": (2, WIDTH, WIDTH),
-        "value": (2, WIDTH, WIDTH),
+        "query": (1, WIDTH, WIDTH),
+        "value": (1, WIDTH, WIDTH),
         "unembedding": (VOCAB, WIDTH),
     }
     params = {
@@ -522,12 +538,12 @@ def test_packed_lengths_count_each_shared_token_once():
         rows = [tuple(row[mask][:-1]) for row, mask in zip(both, real, strict=True)]
         prefixes = {row[:end] for row in rows for end in range(1, len(row) + 1)}
         expected.append(len(prefixes))
-    assert logprobs.packed_lengths(tokens, is_token).tolist() == expected
+    assert jax.jit(logprobs.packed_lengths)(tokens, is_token).tolist() == expected
     assert max(expected) < PACKED
 
 
 def test_a_pair_that_needs_more_room_than_the_row_is_refused_and_others_fit():
-    need = np.array(logprobs.packed_lengths(*pairs()[:2]))
+    need = np.array(jax.jit(logprobs.packed_lengths)(*pairs()[:2]))
     room = int(need.max()) - 1
     small = functools.partial(scorer, jnp.float64, logprobs.shared_prompt_scores)
     logp = small(packed_time=room)(*pairs()).logp
@@ -541,9 +557,10 @@ def test_a_pair_that_needs_more_room_than_the_row_is_refused_and_others_fit():
 
 def test_a_real_decoder_scores_both_layouts_alike():
     sizes = {"heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
-    config = DecoderConfig(vocab=VOCAB, width=16, layers=2, **sizes)
-    types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
-    policy, params = functional(Decoder(config, rngs=nnx.Rngs(0), **types))
+    config = DecoderConfig(vocab=VOCAB, width=16, layers=1, **sizes)
+    policy, shapes = abstract(config, param_dtype=jnp.float64, compute_dtype=jnp.float64)
+    draw = np.random.default_rng(9)
+    params = jax.tree.map(lambda x: draw.normal(0.3, 0.3, x.shape), shapes)
 
     @jax.jit
     def both(params):
@@ -607,7 +624,8 @@ def test_token_kl_and_its_gradient_match_a_full_softmax(states, scale, time_chun
 def test_token_kl_of_a_policy_that_all_but_left_the_vocabulary_stays_finite():
     hidden, reference = jnp.array([[300.0, 0.0]]), jnp.array([[-300.0, 0.0]])
     narrow = [x.astype(jnp.float32) for x in (hidden, jnp.eye(2), reference, jnp.eye(2))]
-    value, slope = jax.value_and_grad(lambda h: logprobs.token_kl(h, *narrow[1:]).sum())(narrow[0])
+    kl = jax.jit(jax.value_and_grad(lambda h: logprobs.token_kl(h, *narrow[1:]).sum()))
+    value, slope = kl(narrow[0])
     assert value == 300.0
     np.testing.assert_array_equal(slope, [[0.0, 0.0]])
 

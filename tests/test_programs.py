@@ -10,7 +10,7 @@ from jaxpref import gradients
 
 PROGRAMS = deal(0, 5)
 DATA = EXAMPLES, jnp.array([[0, 3, 5, 1, 1], [3, 3, 1, 0, 2]])
-UNEMBEDDING = jnp.cos(jnp.arange(24)).reshape(6, 4)
+UNEMBEDDING = jnp.asarray(np.cos(np.arange(24)).reshape(6, 4))
 
 
 def flat(tree, outputs=0):
@@ -20,7 +20,7 @@ def flat(tree, outputs=0):
 
 
 def waves(params):
-    return jax.tree.map(lambda x: 1.5 + jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
+    return jax.tree.map(lambda x: 1.5 + np.sin(np.arange(x.size)).reshape(x.shape), params)
 
 
 def check(parts, *entrances):

@@ -77,9 +77,9 @@ def pair_scores(
 
     >>> from jaxpref.models import tabular
     >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
-    >>> tokens = jnp.array([[[0, 1], [0, 0]]])  # prompt 0; answers 1 and 0
-    >>> scores = pair_scores(policy, params, tokens, tokens >= 0, jnp.array([[[False, True]] * 2]))
-    >>> jnp.exp(scores.logp).round(3).tolist()
+    >>> tokens = np.array([[[0, 1], [0, 0]]])  # prompt 0; answers 1 and 0
+    >>> fast, scored = jax.jit(pair_scores, static_argnums=0), np.array([[[False, True]] * 2])
+    >>> np.exp(fast(policy, params, tokens, tokens >= 0, scored).logp).round(3).tolist()
     [[0.8, 0.2]]
 
     Source: the definition.
@@ -128,9 +128,10 @@ def response_scores(
 
     >>> from jaxpref.models import tabular
     >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
-    >>> tokens, real = jnp.array([[0, 1], [0, 1]]), jnp.full((2, 2), True)
-    >>> scored = jnp.array([[False, True], [True, False]])  # the second scores its first token
-    >>> response_scores(policy, params, tokens, real, scored).logp.round(1).tolist()
+    >>> tokens, real = np.array([[0, 1], [0, 1]]), np.full((2, 2), True)
+    >>> scored = np.array([[False, True], [True, False]])  # the second scores its first token
+    >>> fast = jax.jit(response_scores, static_argnums=0)
+    >>> np.round(fast(policy, params, tokens, real, scored).logp, 1).tolist()
     [-0.2, nan]
 
     Source: the definition.
@@ -168,8 +169,9 @@ def response_hidden(
 
     >>> from jaxpref.models import tabular
     >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
-    >>> tokens, real = jnp.array([[0, 1]]), jnp.full((1, 2), True)
-    >>> found = response_hidden(policy, params, tokens, real, jnp.array([[False, True]]))
+    >>> tokens, real = np.array([[0, 1]]), np.full((1, 2), True)
+    >>> fast = jax.jit(response_hidden, static_argnums=0)
+    >>> found = fast(policy, params, tokens, real, np.array([[False, True]]))
     >>> found.targets.tolist(), found.is_target.tolist()
     ([[1, 0]], [[True, False]])
 

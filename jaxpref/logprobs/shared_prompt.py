@@ -54,10 +54,11 @@ def shared_prompt_scores(
 
     >>> from jaxpref.models import tabular
     >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
-    >>> tokens, real = jnp.array([[[0, 1], [0, 0]]]), jnp.full((1, 2, 2), True)
+    >>> tokens, real = jnp.array([[[0, 1], [0, 0]]]), jnp.array([[[True, True]] * 2])
     >>> scored = jnp.array([[[False, True]] * 2])
-    >>> need = int(packed_lengths(tokens, real).max())  # the prompt's one token
-    >>> scores = shared_prompt_scores(policy, params, tokens, real, scored, packed_time=need)
+    >>> need = int(jax.jit(packed_lengths)(tokens, real).max())  # the prompt's one token
+    >>> fast = jax.jit(shared_prompt_scores, static_argnums=0, static_argnames="packed_time")
+    >>> scores = fast(policy, params, tokens, real, scored, packed_time=need)
     >>> need, jnp.exp(scores.logp).round(3).tolist()
     (1, [[0.8, 0.2]])
 
