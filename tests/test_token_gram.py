@@ -54,10 +54,10 @@ def test_it_equals_the_gradients_of_single_tokens(changes):
     expected = (flat @ flat.T).reshape(2, 3, 2, 3)
     np.testing.assert_allclose(found.gram, expected, rtol=1e-9, atol=1e-9 * expected.max())
     np.testing.assert_allclose(found.logp, logp, rtol=1e-12)
-    if not changes:  # the sum over tokens is what whole responses have
-        whole = jax.jit(functools.partial(gradients.gram, lambda p, x: logp_fn(p, x).sum()))
-        summed = found.gram.sum(axis=(1, 3))
-        np.testing.assert_allclose(summed, whole(params, TOKENS).gram, rtol=1e-9)
+    # The sum over tokens is what whole responses have.
+    whole = jax.jit(functools.partial(gradients.gram, lambda p, x: logp_fn(p, x).sum()))
+    summed = found.gram.sum(axis=(1, 3))
+    np.testing.assert_allclose(summed, whole(params, TOKENS).gram, rtol=1e-9)
 
 
 def test_errors_name_what_is_wrong():
