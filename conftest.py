@@ -1,8 +1,8 @@
 """Strict numerics for every test and doctest; programs are compiled quickly, and once a machine.
 
 Nearly all the time of the suite is the compiler's. With jaxlib 0.9 it leaves most passes out and
-makes no fused kernels (new processes inherit that; `compiled_fully` takes the first back where a
-program runs longer than it compiles). The newest jax runs its part of the suite as users run it.
+makes no fused kernels, in new processes too. `make parity`, and the newest jax in its part of the
+suite, compile as users do.
 """
 
 import hashlib

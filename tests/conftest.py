@@ -7,19 +7,6 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(scope="module")
-def compiled_fully():
-    """All passes of the compiler, here and in new processes: for what runs long."""
-    import jax
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
-        before = jax.config.jax_disable_most_optimizations
-        jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def clean():
     """Starts processes from one that has imported the library and run nothing: new, and soon there.

@@ -24,6 +24,15 @@ def backward(x, g):
     return jax.vmap(of_one)(x, g)
 
 
+@pytest.fixture(autouse=True)
+def all_passes():
+    """The compiler as users have it; the suite leaves passes out to save time."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def reduction():
     """Input, cotangents, and the result in float64 by hand: 2 x 32 cotangents of 64 rows."""
