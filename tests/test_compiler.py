@@ -27,7 +27,7 @@ def backward(x, g):
 @pytest.fixture(autouse=True)
 def all_passes():
     """The compiler as users have it; the suite leaves passes out to save time."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -132,9 +132,18 @@ def test_the_first_log_ratios_are_exactly_zero(made):
     config, _, record, _ = made
     assert (record.arrays["loss"][:, 0] == np.float32(np.log(2))).all()
     ipo = dataclasses.replace(config, losses=("ipo",), train=("tabular",), prompts=2)
-    loss = lab.run(ipo)["loss"]
-    assert loss.shape == (4, 6)
-    assert (loss[:, 0] == (1 / (2 * ipo.tau)) ** 2).all()
+    found = lab.run(ipo)
+    assert found["loss"].shape == (4, 6)
+    assert (found["loss"][:, 0] == (1 / (2 * ipo.tau)) ** 2).all()
+    # Its rate is a tenth of DPO's, and RMSprop's first step is one of signs: so is its effect.
+    ours = [cell._replace(loss="dpo") for cell in lab.cells(ipo)]
+    both = [(ours.index(c), i) for i, c in enumerate(lab.cells(config)) if c in ours]
+    assert both
+    for i, j in both:
+        tokens = [x["shown_token"][k] for x, k in ((found, i), (record.arrays, j))]
+        np.testing.assert_array_equal(*tokens)
+        effect, theirs = (x["shown_predicted"][k, 2] for x, k in ((found, i), (record.arrays, j)))
+        np.testing.assert_allclose(effect, theirs / 10, rtol=1e-4, atol=1e-9)
 
 
 def test_training_lowers_the_loss(made):

@@ -11,8 +11,9 @@ import smoke
 from scipy import stats
 
 import experiments.unalignment as lab
-from experiments.unalignment import measure, pairs
+from experiments.unalignment import bench, measure, pairs
 from experiments.unalignment.bench import couples
+from jaxpref import logprobs
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,6 +152,17 @@ def test_an_arm_by_plain_gradient_steps(made, arrays, begun):
     # The first step is by signs: gradients that rounding alone decides count in full.
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-3)
     assert np.abs(expected).min() > 0.02
+
+
+def test_each_pair_has_its_own_loss():
+    """Log-ratios of 2 and -1, four times: DPO, IPO, DPO with a supervised term, supervised."""
+    config = dataclasses.replace(lab.SMOKE, beta=0.5, tau=0.1, sft_weight=0.25)
+    logp, names = jnp.array([[-3.0, -7.0]] * 4), ("dpo", "ipo", "dpo + sft", "teach")
+    number = jnp.array([lab.LOSSES.index(name) for name in names])
+    rows = pairs.Rows(None, None, None, jnp.array([[-5.0, -6.0]] * 4), jnp.ones(4) / 2, number)
+    found = bench.loss(config, logprobs.Scores(logp, jnp.ones((4, 2))), rows)
+    dpo = np.log1p(np.exp(-0.5 * 3))
+    np.testing.assert_allclose(found, np.array([dpo, (3 - 5) ** 2, dpo + 0.25 * 3, 5]) / 2)
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):

@@ -104,8 +104,8 @@ def cosine(gram: Gram) -> Float[Array, "*pairs"]:
         gram: Inner products of the pair's gradients.
 
     Returns:
-        Between -1 and 1, exactly 1 for identical responses; NaN where a gradient is zero, which
-        has no direction.
+        Between -1 and 1, 1 for identical responses (under ``jit`` it may be one rounding below);
+        NaN where a gradient is zero, which has no direction.
 
     >>> cosine(jnp.array([[1.0, 1.0], [1.0, 4.0]])).item()
     0.5
