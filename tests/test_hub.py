@@ -184,6 +184,8 @@ def test_rows_are_read_by_name_and_the_commit_is_kept(cache):
     assert [(pair.rejected, pair.row) for pair in pairs] == [("b", 0), ("c", 1), ("b", 2), ("c", 3)]
     assert pairs[3].place.endswith("train-00001-of-00002.parquet, row 1")
     assert hub.data_revision("org/pairs:train") == {"data_revision": FIRST}
+    keep(cache, "dataset", "org/pairs", SECOND, files, "main")  # the branch moves on
+    assert hub.data_revision("org/pairs") == {"data_revision": FIRST}
     assert hub.data_revision("org/pairs.jsonl") == hub.data_revision(None) == {}
     with pytest.raises(DataError, match=r"org/pairs.jsonl: no such file"):
         read_pairs("org/pairs.jsonl")

@@ -385,3 +385,12 @@ def test_any_row_is_encoded_or_refused_in_a_line(plain, prompt, chosen, rejected
         assert not tokenizer.decode(ids.tolist()).endswith("</s></s>") or any(
             "</s></s>" in text for text in said
         )
+
+
+def test_a_template_of_tools_that_is_no_jinja_is_the_models_fault(plain):
+    tokenizer = dataclasses.replace(plain, template=CHATML, tool_template="{{")
+    row = TextPair([USER], "a", "b")
+    responses(row, tokenizer)  # nothing reads it
+    with pytest.raises(DataError, match=r"^chat template: ") as error:
+        pairs.encode([row, row._replace(tools=[CALL])], tokenizer, end=None, bad="drop")
+    assert not isinstance(error.value, RowError)

@@ -4,6 +4,7 @@
 in the cache that Hugging Face's own libraries use (``HF_HOME``).
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,8 +81,11 @@ def data_revision(path: str | Path | None) -> dict[str, str]:
     return {"data_revision": parquet(str(path))[1]} if named else {}
 
 
+@functools.cache
 def parquet(name: str) -> tuple[list[Path], str]:
     """The Parquet files of one split of a data set, in order, and its commit.
+
+    Looked up once a process: what is read and what a provenance says are one commit.
 
     Args:
       name: ``org/name``, ``org/name:split`` or ``org/name:configuration/split``, with ``@revision``

@@ -173,11 +173,12 @@ def end_id(end: int | str | None, tokenizer: Tokenizer) -> int | None:
 def _texts(rows, tokenizer, end, date, naming) -> dict[int, Texts]:
     """The texts of each row without a fault, by its number."""
     chats = [row for row in rows if not isinstance(row.prompt, str)]
-    if chats and tokenizer.template is None:
-        where = f"{chats[0].place}: " if chats[0].place else ""
-        raise DataError(f"{where}the prompt is a conversation, but the model has no chat template")
-    if chats:
-        chat.compiled(tokenizer.template)  # a broken one is the model's fault, not a row's
+    for template, row in {tokenizer.template_for(row.tools): row for row in chats[::-1]}.items():
+        if template is None:
+            where = f"{row.place}: " if row.place else ""
+            expected = "the prompt is a conversation, but the model has no chat template"
+            raise DataError(f"{where}{expected}")
+        chat.compiled(template)  # a broken one is the model's fault, not a row's
     closing = end_id(end, tokenizer)
     wanted = bool(chats) or closing is not None
     ends = ends_of(tokenizer, closing, is_eos=end == "eos", date=date) if wanted else Ends((), ())

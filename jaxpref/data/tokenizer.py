@@ -152,6 +152,10 @@ class Tokenizer:
         """
         return split_ids(*self.encode_many([prompt + response, prompt], bos=bos))
 
+    def template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+        """The chat template of conversations with these tools, or with None."""
+        return self.template if tools is None else self.tool_template or self.template
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -176,7 +180,7 @@ class Tokenizer:
           RowError: the template refuses these messages.
           DataError: no template, or a broken one.
         """
-        template = self.template if tools is None else self.tool_template or self.template
+        template = self.template_for(tools)
         if template is None:
             raise DataError("chat: this tokenizer has no chat template; pass the prompt as text")
         values = {**self.special, "documents": None, **variables, "tools": tools}
