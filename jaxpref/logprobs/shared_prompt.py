@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
+from jaxpref.data.pairs import TokenPair
 from jaxpref.logprobs.chunked import require_positive, token_logprobs_chunked
 from jaxpref.logprobs.responses import (
     AnyArray,
@@ -155,6 +157,27 @@ def packed_lengths(
     tokens, is_token, _ = right_padded(tokens, is_token, is_token)
     common, encoded = _common(tokens, is_token)
     return encoded.sum(axis=-1, dtype=jnp.int32) - common
+
+
+def packed_length(pair: TokenPair) -> int:
+    """`packed_lengths` of one pair that is no padded array yet.
+
+    Args:
+        pair: Token ids.
+
+    Returns:
+        A number of tokens.
+
+    >>> ids = np.array([7, 8, 1]), np.array([7, 8, 2, 3])
+    >>> packed_length(TokenPair(ids, (2, 2), (False, False)))
+    3
+
+    Source: the definition.
+    """
+    first, second = (ids[:-1] for ids in pair.tokens)
+    shorter = min(len(first), len(second))
+    differ = np.flatnonzero(first[:shorter] != second[:shorter])
+    return len(first) + len(second) - int(differ[0] if differ.size else shorter)
 
 
 def _common(tokens: Array, is_token: Array) -> tuple[Array, Array]:

@@ -95,7 +95,7 @@ def score_pairs(
              for side in ("chosen", "rejected")]  # fmt: skip
     bounds.check(policy.bounds, (ids for pair in pairs for ids in pair.tokens), named)
     devices = 1 if mesh is None else mesh.devices.size
-    plan = list(_plan([_packed_length(pair) for pair in pairs], tokens, devices))
+    plan = list(_plan([logprobs.packed_length(pair) for pair in pairs], tokens, devices))
     if folder is not None:
         key = {"data": sha256(pairs), "parameters": logprobs.fingerprint(params)}
         _claim(
@@ -123,14 +123,6 @@ class _Part(NamedTuple):
     rows: np.ndarray
     length: int
     size: int
-
-
-def _packed_length(pair: TokenPair) -> int:
-    """Tokens of the pair in one row: the common beginning once, no last token."""
-    first, second = (ids[:-1] for ids in pair.tokens)
-    shorter = min(len(first), len(second))
-    differ = np.flatnonzero(first[:shorter] != second[:shorter])
-    return len(first) + len(second) - int(differ[0] if differ.size else shorter)
 
 
 def _plan(lengths: Sequence[int], tokens: int, devices: int) -> Iterator[_Part]:
