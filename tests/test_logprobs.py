@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from grams import largest_array
 
-from jaxpref import logprobs
+from jaxpref import diagnostics, logprobs
+from jaxpref.data.pairs import TokenPair
 from jaxpref.models.decoder import DecoderConfig, Policy, abstract
 from jaxpref.plain import ASKED
 
@@ -259,6 +260,8 @@ def test_statistics_and_their_gradients_never_hold_all_logits():
     chunk = 2 * 8 * BIG["vocab"]
     for fn in (entropy, kl):
         assert largest_array(value_and_slopes(fn), hidden, unembedding, targets, weights) == chunk
+    moves = functools.partial(logprobs.token_moves, time_chunk=8)
+    assert largest_array(moves, *[hidden, unembedding] * 2, targets) == chunk
 
 
 # ---- responses, by hand
@@ -535,9 +538,11 @@ def test_packed_lengths_count_each_shared_token_once():
     tokens, is_token, _ = pairs()
     expected = []
     for both, real in zip(tokens, is_token, strict=True):
-        rows = [tuple(row[mask][:-1]) for row, mask in zip(both, real, strict=True)]
+        ids = tuple(row[mask] for row, mask in zip(both, real, strict=True))
+        rows = [tuple(each[:-1]) for each in ids]
         prefixes = {row[:end] for row in rows for end in range(1, len(row) + 1)}
         expected.append(len(prefixes))
+        assert logprobs.packed_length(TokenPair(ids, (1, 1), (False, False))) == len(prefixes)
     assert jax.jit(logprobs.packed_lengths)(tokens, is_token).tolist() == expected
     assert max(expected) < PACKED
 
@@ -643,6 +648,88 @@ def test_token_kl_of_nearly_equal_models_keeps_its_digits(states):
     # Logits differ by 1e-4, known to 1e-6: one part in a hundred. The plain sum of p (log p - log
     # q) would carry an error of 1e-7 against results of 1e-8.
     np.testing.assert_allclose(found, exact, rtol=0.03)
+
+
+@pytest.fixture(scope="module")
+def movement():
+    """Directions of the hidden states and of the unembedding of `states`."""
+    draw = np.random.default_rng(11)
+    hidden, unembedding = draw.normal(size=(2, 3, 7, WIDTH)), draw.normal(size=(VOCAB, WIDTH))
+    return hidden, unembedding
+
+
+def token_moves(**options):
+    return jax.jit(functools.partial(logprobs.token_moves, **options))
+
+
+@pytest.mark.parametrize("time_chunk", [None, 3])
+def test_token_moves_match_a_directional_derivative_and_a_loop(states, movement, time_chunk):
+    hidden, unembedding, targets, _ = states
+    found = token_moves(time_chunk=time_chunk)(hidden, unembedding, *movement, targets)
+    whole = functools.partial(logprobs.token_logprobs, targets=targets)
+    derivative = jax.jit(functools.partial(jax.jvp, whole))
+    close((found.logp, found.change), derivative((hidden, unembedding), movement))
+    p = np.exp(numpy_logp(hidden, unembedding))
+    moved = movement[0] @ np.asarray(unembedding).T + np.asarray(hidden) @ movement[1].T
+    variance = np.zeros(targets.shape)
+    for at in np.ndindex(targets.shape):
+        mean = sum(p[at][v] * moved[at][v] for v in range(VOCAB))
+        variance[at] = sum(p[at][v] * (moved[at][v] - mean) ** 2 for v in range(VOCAB))
+    close(found.variance, variance)
+
+
+def test_half_the_variance_is_what_every_log_probability_loses_in_second_order(states, movement):
+    """Of logits on a straight line: along the unembedding alone they are."""
+    hidden, unembedding, targets, _ = states
+    still = np.zeros_like(hidden)
+    found = token_moves()(hidden, unembedding, still, movement[1], targets)
+    step = 1e-3
+    ahead, back = (numpy_logp(hidden, unembedding + s * movement[1]) for s in (step, -step))
+    bend = (ahead + back - 2 * numpy_logp(hidden, unembedding)) / step**2
+    expected = np.broadcast_to(found.variance[..., None], bend.shape)
+    # Of the fourth order is left: the square of a step in which logits move by 3e-3.
+    np.testing.assert_allclose(-bend, expected, rtol=1e-4)
+    change = np.asarray(hidden) @ movement[1].T
+    logits = np.asarray(hidden) @ np.asarray(unembedding).T
+    close(-found.variance / 2, diagnostics.drag(logits, change))
+
+
+def test_a_movement_that_all_tokens_share_moves_none(states):
+    hidden, unembedding, targets, _ = states
+    hidden = hidden.at[..., 0].set(1.0)
+    shared = np.zeros((VOCAB, WIDTH))
+    shared[:, 0] = 50.0
+    found = token_moves()(hidden, unembedding, np.zeros_like(hidden), shared, targets)
+    np.testing.assert_allclose(found.change, 0, atol=1e-12)
+    np.testing.assert_allclose(found.variance, 0, atol=1e-24)
+
+
+def test_token_moves_of_targets_that_are_not_there_or_impossible():
+    """What is impossible counts nothing; what is not in the vocabulary is not its last token."""
+    unembedding = jnp.array([[1.0, 0.0], [0.0, 1.0], [-jnp.inf, 0.0]])
+    hidden, targets = jnp.ones((4, 2)), jnp.array([1, -1, 3, 2])
+    change, heads = jnp.array([[1.0, 2.0]] * 4), jnp.zeros((3, 2))
+    found = token_moves()(hidden, unembedding, change, heads, targets)
+    np.testing.assert_allclose(found.logp, [-np.log(2), np.nan, np.nan, -np.inf], rtol=1e-12)
+    np.testing.assert_allclose(found.change, [0.5, np.nan, np.nan, np.nan], rtol=1e-12)
+    np.testing.assert_allclose(found.variance, [0.25] * 4, rtol=1e-12)
+    with pytest.raises(ValueError, match="time_chunk: expected a positive integer or None, got 0"):
+        logprobs.token_moves(hidden, unembedding, change, heads, targets, time_chunk=0)
+
+
+def test_token_moves_sums_in_float32():
+    """Of bfloat16 hidden states, as a model has them that computes in it."""
+    draw = np.random.default_rng(12)
+    hidden, change = (jnp.array(draw.normal(size=(5, WIDTH)), jnp.bfloat16) for _ in range(2))
+    heads = (draw.normal(size=(64, WIDTH)).astype(jnp.bfloat16) for _ in range(2))
+    unembedding, head_change = (x.astype(np.float32) for x in heads)
+    targets = jnp.arange(5)
+    found = token_moves()(hidden, unembedding, change, head_change, targets)
+    assert {x.dtype for x in found} == {np.dtype(np.float32)}
+    wide = [np.asarray(x, np.float64) for x in (hidden, unembedding, change, head_change)]
+    # float32 rounding of logits and movements of size ten.
+    for x, y in zip(found, token_moves()(*wide, targets), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_response_hidden_feeds_the_statistics():

@@ -18,6 +18,12 @@ from jaxpref.diagnostics.entanglement import norm_ratio as norm_ratio
 from jaxpref.diagnostics.entanglement import published_entanglement as published_entanglement
 from jaxpref.diagnostics.entanglement import pull_ratio as pull_ratio
 from jaxpref.diagnostics.entanglement import regime as regime
+from jaxpref.diagnostics.squeezing import Shift as Shift
+from jaxpref.diagnostics.squeezing import TokenShifts as TokenShifts
+from jaxpref.diagnostics.squeezing import drag as drag
+from jaxpref.diagnostics.squeezing import shift_kind as shift_kind
+from jaxpref.diagnostics.squeezing import squeezing as squeezing
+from jaxpref.diagnostics.squeezing import token_shifts as token_shifts
 from jaxpref.losses import _shapes
 
 _shapes.hold(__name__)

@@ -1,6 +1,6 @@
 """Numbers of a whole next-token distribution, token by token, in chunks of the time axis.
 
-On request only: training reads log-probabilities and nothing more. Both functions take hidden
+On request only: training reads log-probabilities and nothing more. The functions take hidden
 states and unembedding, as `response_hidden` and `Policy.unembedding` give them.
 """
 
@@ -76,6 +76,86 @@ def token_statistics(
         return TokenStatistics(jnp.where(inside, logp, jnp.nan), entropy, is_top)
 
     return map_time(chunk, time_chunk, (hidden, targets), time_axis=targets.ndim - 1)
+
+
+class TokenMoves(NamedTuple):
+    """What a small movement of the model does to each token, to second order in the logits.
+
+    Attributes:
+        logp: Log-probability of the target, nats.
+        change: Its first-order change along the movement, nats.
+        variance: Variance of the logits' change under the next-token distribution, at least 0.
+    """
+
+    logp: Float[Array, "*batch time"]
+    change: Float[Array, "*batch time"]
+    variance: Float[Array, "*batch time"]
+
+
+def token_moves(
+    hidden: Float[Array, "*batch time width"],
+    unembedding: Float[Array, "vocab width"],
+    hidden_change: Float[Array, "*batch time width"],
+    unembedding_change: Float[Array, "vocab width"],
+    targets: Int[Array, "*batch time"],
+    *,
+    time_chunk: int | None = 16,
+) -> TokenMoves:
+    r"""First-order change of each log-probability, and the variance that drags all of them down.
+
+    .. math:: \dot z = \dot W h + W \dot h, \qquad
+        \dot \ell_y = \dot z_y - \mathbb{E}_{v \sim p} \dot z_v, \qquad
+        \ell_y(s) = \ell_y + s \dot \ell_y
+            - \tfrac{s^2}{2} \operatorname{Var}_{v \sim p} \dot z_v + \dots
+
+    Whatever the direction, the softmax lowers *every* token by half the variance, the likely and
+    the unlikely: `jaxpref.diagnostics.drag` is ``-variance / 2``. The logits' own curvature, the
+    ``W' h'`` of this product included, is the other part of the second order, and not here.
+
+    Args:
+        hidden: Final-norm hidden states; ``hidden[..., t, :]`` predicts ``targets[..., t]``.
+        unembedding: One row a token of the vocabulary.
+        hidden_change: Tangent of `hidden`, as of `jaxpref.gradients.directional`.
+        unembedding_change: Tangent of `unembedding`.
+        targets: Token ids.
+        time_chunk: Positions at a time; ``None``: all.
+
+    Returns:
+        `TokenMoves`. Where a target is not in the vocabulary, logp and change are NaN; so is the
+        change of an impossible one (logit minus infinity). The impossible count nothing in others.
+
+    Raises:
+        ValueError: `time_chunk` is not positive.
+
+    >>> logits, change = jnp.zeros((1, 2)), jnp.array([[1.0, -1.0]])
+    >>> found = token_moves(logits, jnp.eye(2), change, jnp.zeros((2, 2)), jnp.array([0]))
+    >>> found.change.tolist(), found.variance.tolist()
+    ([1.0], [1.0])
+
+    Source: second derivative of the log-sum-exp.
+    """
+    require_positive(time_chunk=time_chunk)
+
+    def chunk(hidden: Array, hidden_change: Array, targets: Array) -> TokenMoves:
+        logits = token_logits(hidden, unembedding)
+        moved = token_logits(hidden_change, unembedding) + token_logits(hidden, unembedding_change)
+        excess = logits - logits.max(axis=-1, keepdims=True)
+        weights = jnp.exp(excess)
+        total = weights.sum(axis=-1, keepdims=True)
+        share, counted = weights / total, jnp.where(jnp.isneginf(logits), 0, moved)
+        mean = (share * counted).sum(axis=-1, keepdims=True)
+        variance = (share * (counted - mean) ** 2).sum(axis=-1)
+        index = targets[..., None]
+        logp, change = (
+            (jnp.take_along_axis(x, index, axis=-1) - y)[..., 0]
+            for x, y in ((excess, jnp.log(total)), (moved, mean))
+        )
+        inside = in_vocabulary(targets, unembedding)
+        change = jnp.where(inside & jnp.isfinite(logp), change, jnp.nan)
+        return TokenMoves(jnp.where(inside, logp, jnp.nan), change, variance)
+
+    arrays = hidden, hidden_change, targets
+    return map_time(chunk, time_chunk, arrays, time_axis=targets.ndim - 1)
 
 
 def token_kl(
