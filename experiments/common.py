@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import re
@@ -25,15 +26,15 @@ from jaxpref import gradients, logprobs, runs
 from jaxpref.data import batches, chat, files, hub, preferences
 from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
-from jaxpref.data.pairs import Counts, TokenPair, TooLong, encode, sha256
+from jaxpref.data.pairs import Counts, TokenPair, TooLong
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import bounds, decoder, pretrained
+from jaxpref.models import decoder, pretrained
 from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
 from jaxpref.training.optimizers import torch_rmsprop
+from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import init_state, make_step
 
-SIDES = ("chosen", "rejected")
 SMALL: dict[str, Any] = {
     "width": 128,
     "layers": 4,
@@ -44,26 +45,32 @@ SMALL: dict[str, Any] = {
 }
 
 
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def at_least(least: float, config: Any, *names: str) -> None:
-    """Raises if one of these fields of a configuration is smaller."""
+    """Raises if one of these fields of a configuration, or a number of one, is smaller."""
     for name in names:
-        if (value := getattr(config, name)) < least:
-            raise ValueError(f"{name}: got {value}, expected at least {least}")
+        for value in _each(getattr(config, name)):
+            if value < least:
+                raise ValueError(f"{name}: got {value}, expected at least {least}")
 
 
 def above(bound: float, config: Any, *names: str) -> None:
-    """Raises if one of these fields is not larger; None passes."""
+    """Raises if one of these fields, or a number of one, is not larger; None passes."""
     for name in names:
-        if (value := getattr(config, name)) is not None and not value > bound:
-            raise ValueError(f"{name}: got {value}, expected above {bound}")
+        for value in _each(getattr(config, name)):
+            if value is not None and not value > bound:
+                raise ValueError(f"{name}: got {value}, expected above {bound}")
 
 
 def finite(config: Any) -> None:
     """Raises if a number of a configuration is none, or infinite where its default is not."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        allowed = field.default if isinstance(field.default, tuple) else (field.default,)
-        for each in value if isinstance(value, tuple) else (value,):
+        allowed = _each(field.default)
+        for each in _each(value):
             if isinstance(each, float) and not (math.isfinite(each) or each in allowed):
                 raise ValueError(f"{field.name}: got {each}, expected a finite number")
 
@@ -170,20 +177,8 @@ class Problem:
         return len(self.batch.tokens)
 
 
-def problem(
-    policy: Policy, tokenizer: Tokenizer, pairs: Sequence[TextPair], *, limit: int = 128
-) -> Problem:
-    """Token arrays of text pairs, and the policy's log-probabilities of them.
-
-    The prompt is encoded once for both responses. Prompts lose their first tokens where a sequence
-    is longer than `limit`; a pair whose response alone is longer raises.
-    """
-    found, _ = encode(pairs, tokenizer, end=None, limit=limit, too_long="truncate_left")
-    return token_problem(policy, found)
-
-
 def problem_of(config: Any, subject: Subject, found: files.Found, *, least: int) -> Problem:
-    """`problem` of a run's pairs, by the settings that `encoded` reads.
+    """`token_problem` of a run's pairs, by the settings that `encoded` reads.
 
     Raises:
         ValueError: fewer than `least` pairs are left.
@@ -202,29 +197,13 @@ def enough(what: str, wanted: int, there: int) -> None:
 def token_problem(
     policy: Policy, encoded: Sequence[TokenPair], *, skipped: Sequence[str] = ()
 ) -> Problem:
-    """`problem` of pairs that are token ids already; refuses what the model cannot read."""
-    places = [f"pair {row}, {side}" for row in range(len(encoded)) for side in SIDES]
-    bounds.check(policy.bounds, (ids for pair in encoded for ids in pair.tokens), places)
-    found = batches.collate(encoded, range(len(encoded)), pad_id=0)
-    packed = -(-int(logprobs.packed_lengths(*found[:2]).max()) // 8) * 8
-    longest = int(found.is_response.sum(axis=-1).max())
-
-    rows: dict[str, Any] = {"packed_time": packed, "max_response": longest}
-
-    def score(params, batch):
-        return logprobs.shared_prompt_scores(policy, params, *batch[:3], **rows)
-
-    def hidden(params, batch):
-        return logprobs.shared_prompt_hidden(policy, params, *batch[:3], **rows)
-
-    def logp(params, pair):
-        one = tuple(x[None] for x in pair)
-        return score(params, one).logp[0]
-
-    return Problem(found, score, hidden, logp, sha256(encoded), tuple(skipped))
+    """A `PairSet` of one size as a `Problem`."""
+    found = PairSet.of(policy, encoded, quantiles=(1.0,), skipped=skipped)
+    batch = found.rows(range(len(found)))
+    return Problem(batch, found.score, found.hidden, found.logp, found.digest, found.skipped)
 
 
-def hashes(subject: Subject, problem: Problem) -> dict[str, Any]:
+def hashes(subject: Subject, problem: Problem | PairSet) -> dict[str, Any]:
     """Of model and pairs, a hub model's commit, and the rows that were skipped: a provenance."""
     found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
     found |= {"model_revision": subject.revision} if subject.revision else {}
@@ -246,7 +225,7 @@ def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tu
 
 
 def supervise(
-    problem: Problem,
+    problem: Problem | PairSet,
     params: PyTree,
     optimizer: optax.GradientTransformation,
     *,
@@ -254,8 +233,12 @@ def supervise(
     batch: int,
     seed: int,
     both: bool = False,
+    among: Array | np.ndarray | None = None,
 ) -> PyTree:
-    """Supervised updates on the chosen responses (or on `both`), mean nats a response."""
+    """Supervised updates on the chosen responses (or on `both`), mean nats a response.
+
+    Of all pairs, or of those `among`.
+    """
     if steps == 0:
         return params
 
@@ -265,9 +248,10 @@ def supervise(
 
     step = make_step(problem.score, loss, optimizer)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, key=jax.random.key(seed))
+    some = np.arange(len(problem)) if among is None else np.asarray(among)
     bar = tqdm(range(steps), "supervised phase", unit="update", leave=False)
     for number in bar:
-        rows = batches.order(len(problem), batch, seed, number)
+        rows = some[batches.order(len(some), batch, seed, number)]
         state, metrics, _ = step(state, problem.rows(rows))
         bar.set_postfix(loss=f"{float(metrics['loss']):.2f}")
     return state.params
@@ -317,13 +301,21 @@ class Options:
     wandb: Literal["off", "offline", "online"] = "off"
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared(Options):
+    """The same of an experiment whose runs can be shared out."""
+
+    workers: int = 1
+    """Processes that share the runs, each with its own cores. Two are faster than one on CPU."""
+
+
 def command(
     experiment: str,
     config: type,
     *,
     description: str | None,
     hashes: Callable[[Any], Mapping[str, Any]],
-    run: Callable[[Any, Path | None], Arrays],
+    run: Callable[..., Arrays],
     summarise: Callable[[Any, Arrays], list[dict[str, Any]]],
     report: Callable[[Any, list[dict[str, Any]]], str],
     draw: Callable[[Any, Arrays], Figure],
@@ -337,17 +329,19 @@ def command(
         description: For ``--help``.
         hashes: ``config ->`` hashes of model and data and ``skipped`` rows, for the provenance. It
             may raise for bad settings, before any time is spent.
-        run: ``(config, folder) -> arrays``.
+        run: ``(config, folder) -> arrays``; ``--workers`` is there if it takes ``workers=``.
         summarise: ``(config, arrays) -> rows`` of the table, numbers and names only.
         report: ``(config, rows) ->`` the table and the verdict in words.
         draw: ``(config, arrays) -> figure``.
         metrics: ``(config, arrays) ->`` lines of ``metrics.jsonl``, without their ``step``.
     """
     program = f"python -m experiments.{experiment}"
+    shares = "workers" in inspect.signature(run).parameters
+    kind = Shared if shares else Options
 
     def parsed(
         settings: tyro.conf.OmitArgPrefixes[config],  # pyright: ignore[reportInvalidTypeForm]  # tyro reads the class at run time
-        options: tyro.conf.OmitArgPrefixes[Options],
+        options: tyro.conf.OmitArgPrefixes[kind],  # pyright: ignore[reportInvalidTypeForm]
     ) -> tuple[Any, Options]:
         return settings, options
 
@@ -361,6 +355,8 @@ def command(
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
     with line.one_line(experiment, again="--resume goes on"):
         finite(settings)
+        shared = {"workers": options.workers} if isinstance(options, Shared) else {}
+        at_least(1, options, *shared)
         made_of = {**hashes(settings), **hub.data_revision(getattr(settings, "data", None))}
         run_folder = runs.create(
             experiment,
@@ -370,7 +366,7 @@ def command(
             provenance=made_of,
             wandb=options.wandb,
         )
-        arrays = run(settings, run_folder.path)
+        arrays = run(settings, run_folder.path, **shared)
         rows = summarise(settings, arrays)
         numbered = itertools.count()
         lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]

@@ -44,6 +44,17 @@ def interval(function: Callable[..., np.ndarray], columns: Sequence[np.ndarray],
     return [float(x) for x in np.quantile(found, (0.025, 0.975))] if found.size else [np.nan] * 2
 
 
+def auc(score: np.ndarray, fell: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of the last axis: how often one that fell scores higher.
+
+    NaN where all fell or none.
+    """
+    positive = fell.sum(axis=-1)
+    both = positive * (fell.shape[-1] - positive)
+    above = (stats.rankdata(score, axis=-1) * fell).sum(axis=-1) - positive * (positive + 1) / 2
+    return np.where(both > 0, above / np.maximum(both, 1), np.nan)
+
+
 def _ranks(x: np.ndarray) -> np.ndarray:
     """From the middle one on."""
     return stats.rankdata(x, axis=-1) - (np.shape(x)[-1] + 1) / 2

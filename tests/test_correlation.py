@@ -60,3 +60,11 @@ def test_the_interval_holds_the_value(columns):
     low, high = correlation.interval(correlation.spearman, (x, y), 400)
     assert low < correlation.spearman(x, y) < high
     assert np.isnan(correlation.interval(correlation.spearman, (np.ones(40), y), 10)).all()
+
+
+def test_areas_by_hand():
+    score, fell = np.array([3.0, 1.0, 2.0, 0.0]), np.array([True, False, False, True])
+    assert correlation.auc(score, fell) == 0.5
+    assert correlation.auc(-score, ~fell) == 0.5
+    assert correlation.auc(np.array([3.0, 1.0, 2.0, 2.0]), fell) == 0.875  # a tie counts half
+    assert np.isnan(correlation.auc(score, np.ones(4, bool)))

@@ -1,0 +1,131 @@
+"""What a training on pairs will do to any response, said before its first update."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from tqdm import tqdm
+
+from experiments import common
+from experiments.protocol import arms
+from experiments.protocol.settings import Protocol
+from jaxpref import gradients
+from jaxpref.logprobs import token_moves
+from jaxpref.training.pairset import PairSet
+
+
+class Foreseen(NamedTuple):
+    """Movements of the parameters that are expected of an arm, all from gradients at the start.
+
+    Attributes:
+        plain: Gradient descent: the rates' sum along the mean gradient.
+        metric: The same in the optimizer's metric, squares of gradients at their mean.
+        replay: The sum of the optimizer's own updates, shown the batches' gradients in their order.
+        scale: The metric: what `metric` multiplies each entry of the mean gradient by.
+    """
+
+    plain: PyTree
+    metric: PyTree
+    replay: PyTree
+    scale: PyTree
+
+
+class Sums(NamedTuple):
+    """Over the batches so far."""
+
+    mean: PyTree  # of gradients
+    square: PyTree  # mean of their squares
+    state: PyTree  # of the optimizer that is shown these gradients
+    replay: PyTree  # its updates' sum, times their rates
+
+
+def foresee(config: Protocol, run: arms.Programs, begun: arms.Begun, arm: arms.Arm) -> Foreseen:
+    """One gradient for each batch of the arm, at the start: as much as the training itself."""
+    course = arms.Course.of(config, begun.pairs, begun.parts.preference, arm.labels, begun.seed)
+    rates, params = arms.rates_of(arm), begun.params
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    sums = Sums(zeros(), zeros(), common.unit_optimizer(config.optimizer).init(params), zeros())
+    share, loss = jnp.float32(1 / len(rates)), jnp.int32(run.losses.index(arm.loss))
+    name = f"gradients at the start, seed {begun.seed}"
+    for number, rate in enumerate(tqdm(rates, name, unit="batch", leave=False)):
+        gradient = run.slope(params, course.parts(begun.pairs, number), loss)
+        sums = _absorb(config.optimizer, sums, params, gradient, jnp.float32(rate), share)
+    scale = scale_of(config.optimizer, sums.square, rates)
+    plain = jax.tree.map(lambda g: -sum(rates) * g, sums.mean)
+    return Foreseen(plain, jax.tree.map(lambda d, g: -d * g, scale, sums.mean), sums.replay, scale)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _absorb(optimizer: str, sums: Sums, params, gradient, rate, share) -> Sums:
+    """The sums with another batch's gradient, a `share` of all."""
+
+    def add(total, x, weight):
+        return jax.tree.map(lambda t, v: t + weight * v, total, x)
+
+    update, state = common.unit_optimizer(optimizer).update(gradient, sums.state, params)
+    squares = jax.tree.map(jnp.square, gradient)
+    return Sums(add(sums.mean, gradient, share), add(sums.square, squares, share), state,
+                add(sums.replay, update, rate))  # fmt: skip
+
+
+def scale_of(optimizer: str, square: PyTree, rates: Sequence[float]) -> PyTree:
+    """What so many updates multiply each entry's mean gradient by, if squares were at their mean.
+
+    Args:
+        optimizer: Its name.
+        square: Mean of the squared gradients.
+        rates: Of the updates.
+    """
+    return _scale(optimizer, square, tuple(rates))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _scale(optimizer: str, square: PyTree, rates: tuple[float, ...]) -> PyTree:
+    if optimizer == "sgd":
+        return jax.tree.map(lambda x: jnp.full_like(x, sum(rates)), square)
+    decay = common.DECAY[optimizer]  # Adam corrects its bias, this RMSprop does not
+    bias = [1.0 if optimizer == "adam" else (1 - decay ** (n + 1)) ** 0.5
+            for n in range(len(rates))]  # fmt: skip
+    total = sum(rate / b for rate, b in zip(rates, bias, strict=True))
+    return jax.tree.map(lambda v: total / (jnp.sqrt(v) + 1e-8), square)
+
+
+def squares_of(optimizer: str, state: PyTree, updates: int) -> PyTree:
+    """The optimizer's own mean of squared gradients, its bias corrected."""
+    if optimizer == "sgd":
+        return state
+    held = state.mean_square if optimizer == "rmsprop" else state[0].nu
+    weight = 1 - common.DECAY[optimizer] ** updates
+    return jax.tree.map(lambda v: v / weight, held)
+
+
+def told(
+    pairs: PairSet, params: PyTree, movement: PyTree, rows: np.ndarray, *, moved: bool
+) -> dict[str, np.ndarray]:
+    """What a movement of the parameters does to responses, ``[rows 2]`` each, nats.
+
+    Returns:
+        ``change``, to first order; ``variance``, of the logits' change, summed over tokens: half of
+        it is the drag; with `moved` also ``moved``, the change of the real model moved there.
+    """
+    found = pairs.sweep(functools.partial(_moves, pairs, params, movement), rows)
+    if not moved:
+        return found
+    there = jax.tree.map(jnp.add, params, movement)
+    return {**found, "moved": pairs.logps(there, rows) - pairs.known[rows]}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _moves(pairs: PairSet, params, movement, batch) -> dict[str, jax.Array]:
+    def outputs(params):
+        return pairs.hidden(params, batch).hidden, pairs.policy.unembedding(params)
+
+    (hidden, head), (hidden_change, head_change) = gradients.directional(outputs, params, movement)
+    found = pairs.targets(batch)
+    each = token_moves(hidden, head, hidden_change, head_change, found.targets)
+    scored = {"change": each.change, "variance": each.variance}
+    return {name: jnp.where(found.is_target, x, 0).sum(axis=-1) for name, x in scored.items()}
