@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-import math
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import smoke
+from test_protocol import written
 
 import experiments.forecast as lab
+from experiments.forecast import measure, protocol, summary
+from experiments.protocol import arms, foresight, kinds, texts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,107 +22,106 @@ def as_optax_needs_it():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once():
-    with smoke.compiled_once(sys.modules["experiments.forecast.measure"]):
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
-    config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=1e-4)
+    config = dataclasses.replace(
+        lab.SMOKE, model=str(tiny_model), data=written(cwd), rate=1e-4, supervised_rate=1e-3,
+        pairs=4, unseen=4, trained=3, grams=2, limit=40,
+    )  # fmt: skip
     return config, *smoke.command(lab, config, cwd)
 
 
-def test_a_run_leaves_everything_behind(made):
+@pytest.fixture(scope="module")
+def arrays(made):
+    return dict(np.load(made[1] / "arrays.npz"))
+
+
+def test_a_run_leaves_everything_behind(made, arrays):
     config, folder, printed = made
-    arrays = dict(np.load(folder / "arrays.npz"))
-    assert arrays["signals"].shape == (1, len(lab.SIGNALS), 4)
-    assert arrays["alone"].shape == arrays["together"].shape == (1, 2, 4, 2)
-    assert all(np.isfinite(array).all() for array in arrays.values())
-    assert len(json.loads((folder / "summary.json").read_text())["rows"]) == 4 * len(lab.SIGNALS)
+    assert arrays["dpo_change"].shape == (2, 3, 7, 2)
+    assert arrays["coin_change"].shape == arrays["sft_change"].shape == (2, 2, 7, 2)
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert {row["table"] for row in rows} == {
+        "changes", "signals", "sizes", "shares", "kinds", "tokens"}  # fmt: skip
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
 
 
-def test_the_first_update_of_a_pair_alone_is_what_was_predicted(made):
-    """The measured change is the prediction times the learning rate, to first order."""
-    config, folder, _ = made
-    arrays = dict(np.load(folder / "arrays.npz"))
-    predicted = -config.rate * arrays["signals"][0, list(lab.SIGNALS).index(
-        "first update, pair alone")]  # fmt: skip
-    measured = arrays["alone"][0, 0, :, 0]
-    np.testing.assert_allclose(measured, predicted, rtol=0.05, atol=2e-4)
-    assert (np.abs(measured) > 1e-3).all()  # far above rounding
-    assert (np.sign(measured) == np.sign(predicted)).all()
+def test_the_parts_of_a_change_are_its_own_pairs_and_others(made, arrays):
+    """They sum to what was measured; one trained pair's own share by plain autodiff."""
+    config, _, _ = made
+    subject, pairs = protocol.load(config)
+    for arm in ("dpo", "coin", "sft"):
+        found = summary.shares(config, arrays, arm)
+        whole = sum(found[name] for name in ("others", "own", "drag", "rest"))
+        known = ~np.isnan(whole)
+        assert known.all(axis=(0, 2)).sum() == 6  # two trained probes, four unseen ones
+        np.testing.assert_allclose(whole[known], found["measured"][known], rtol=1e-4, atol=1e-6)
+        assert (found["own"][:, config.trained :] == 0).all()
+        assert (found["drag"] <= 0).all()
+    hashes = protocol.hashes(config)
+    run = measure.programs(config, pairs)
+    begun = arms.begin(
+        config, run, pairs, subject.params, 0, None, arms.identity_of(config, hashes)
+    )
+    row = begun.parts.preference[0]
+    assert arrays["rows"][0, 0] == row
+    kept = []
+    arm = protocol.epoch_of(config)
+    arms.follow(config, run, begun, arm, name="dpo", looks=[arm.updates],
+                also=lambda n, params, state: kept.append(state))  # fmt: skip
+    scale = foresight.scale_of("adam", foresight.squares_of("adam", kept[0], arm.updates),
+                               arms.rates_of(arm))  # fmt: skip
+    pair = tuple(x[0] for x in pairs.rows(np.array([row]))[:3])
+    jacobian = jax.jit(jax.jacrev(lambda p: pairs.logp(p, pair)))(begun.params)
+    flat = [np.asarray(j).reshape(2, -1) for j in jax.tree.leaves(jacobian)]
+    gram = sum(j * np.ravel(d) @ j.T for j, d in zip(flat, jax.tree.leaves(scale), strict=True))
+    at = np.argwhere(arrays["dpo_index"][0, : arm.updates] == row)[0]
+    pull = arrays["dpo_pull"][0][tuple(at)]
+    expected = -gram @ pull / config.pairs
+    np.testing.assert_allclose(summary.own_share(config, arrays, "dpo")[0, 0], expected, rtol=1e-3)
 
 
-def test_embedding_signals_by_a_loop(made):
-    """CHES from the definition, and the unembedding's Gram from its token products."""
-    config, folder, _ = made
-    arrays = dict(np.load(folder / "arrays.npz"))
-    found = dict(zip(lab.SIGNALS, arrays["signals"][0], strict=True))
-    subject, problem = lab.load(config)
-    states_of = jax.jit(subject.policy.hidden)  # what is padded on the right is not seen
-    for place, row in enumerate(lab.rows(config, problem, 0)[:2]):
-        hidden, targets = [], []
-        for side in (0, 1):
-            tokens, real, scored = (np.asarray(x)[row, side] for x in problem.arrays)
-            states = np.asarray(states_of(subject.params, tokens[None]))[0][real]
-            at = np.flatnonzero(scored[real])
-            hidden.append(states[at - 1].astype(np.float64))
-            targets.append(tokens[real][at])
-        # Differences of nearly equal numbers: rounding is that of the larger one.
-        for name, (w, l) in {
-            "CHES": [x.sum(axis=0) for x in hidden],
-            "CHES, length-normalised": [x.mean(axis=0) for x in hidden],
-        }.items():
-            np.testing.assert_allclose(
-                found[name][place], w @ l - w @ w, rtol=0, atol=1e-5 * (w @ w)
-            )
-        w, l = (x[-1] for x in hidden)
-        close = {"rtol": 0, "atol": 1e-5 * np.linalg.norm(w) * np.linalg.norm(l)}
-        np.testing.assert_allclose(found["last hidden inner product"][place], w @ l, **close)
-        # alpha_st = <e_y - pi_s, e_y' - pi'_t>
-        table = np.asarray(subject.policy.unembedding(subject.params), np.float64)
-        residuals = [-np.asarray(jax.nn.softmax(jnp.asarray(x @ table.T))) for x in hidden]
-        for residual, y in zip(residuals, targets, strict=True):
-            residual[np.arange(len(y)), y] += 1
-        pairs = {
-            (i, j): ((residuals[i] @ residuals[j].T) * (hidden[i] @ hidden[j].T)).sum()
-            for i in (0, 1) for j in (0, 1)
-        }  # fmt: skip
-        expected = pairs[0, 1] - pairs[0, 0]
-        np.testing.assert_allclose(
-            found["unembedding Gram (alpha-weighted)"][place], expected, rtol=1e-4
-        )
+def test_kinds_are_in_their_places(made, arrays):
+    """What is said of the greedy kind is of greedy tokens, and of chosen ones of chosen tokens."""
+    config, _, _ = made
+    found = summary.by_kind(config, arrays, "dpo")
+    assert tuple(found) == ("chosen", "rejected", *kinds.KINDS)
+    real = found["greedy"]["is_target"].astype(bool)
+    assert (found["greedy"]["rank_before"][real] == 1).all()
+    assert not (found["sampled"]["rank_before"][found["sampled"]["is_target"] > 0] == 1).all()
+    total = (found["chosen"]["logp_before"] * found["chosen"]["is_target"]).sum(axis=-1)
+    np.testing.assert_allclose(total, arrays["logp"][:, config.trained :, 0], rtol=1e-4)
+    change = found["rejected"]["logp_after"] - found["rejected"]["logp_before"]
+    moved = (change * found["rejected"]["is_target"]).sum(axis=-1)
+    measured = summary.at_horizon(config, arrays, "dpo")[:, config.trained :, 1]
+    np.testing.assert_allclose(moved, measured, atol=2e-4)
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
     config, folder, *_ = made
-    lost = sorted(part.stem for part in (folder / "parts").iterdir())[:1]
-    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, ("0_dpo", "1_forecast"))
 
 
-def test_auc_counts_the_pairs_in_order():
-    random = np.random.default_rng(0)
-    x = random.integers(0, 6, 40).astype(float)
-    fell = x + 3 * random.random(40) > 4
-    wins = [(a > b) + 0.5 * (a == b) for a in x[fell] for b in x[~fell]]
-    assert lab.auc(x, fell) == pytest.approx(np.mean(wins))
-    assert math.isnan(lab.auc(x, np.full(40, True)))
+def test_the_horizon_is_always_looked_at(made):
+    config, _, _ = made
+    with pytest.raises(ValueError, match=r"epochs: got .0\.5, 2.*1 among them"):
+        lab.hashes(dataclasses.replace(config, epochs=(0.5, 2)))
+    with pytest.raises(ValueError, match="grams: got 9, expected at most the 3 trained"):
+        lab.hashes(dataclasses.replace(config, grams=9))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"pairs": 0}, "pairs: got 0, expected at least 1"),
-        ({"pairs": 97}, "pairs: got 97, expected 4 to 96"),
-        ({"alone": ()}, "alone: got"),
-    ],
-)
-def test_bad_settings_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        lab.load(dataclasses.replace(lab.Config(), **settings))
+def test_what_the_model_says_can_be_read(made, monkeypatch, capsys):
+    config, folder, _ = made
+    monkeypatch.setattr(sys, "argv", ["texts", str(folder), "--seed", "1"])
+    texts.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| prompt | | start | dpo | sft |"
+    assert len(lines) == 2 + 2 * config.texts
+    assert all("I like " in line for line in lines[2:])
+    assert "| greedy |" in lines[2]
+    monkeypatch.setattr(sys, "argv", ["texts", str(folder), "--seed", "2"])
+    with pytest.raises(SystemExit, match="seed: got 2, expected 0 to 1"):
+        texts.main()

@@ -1,179 +1,179 @@
-"""The signals of every pair, and what training then did to it."""
+"""What is known of every probe before training, and what training then did to it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from experiments import common
 from experiments.forecast import protocol
-from experiments.forecast.protocol import SIGNALS, Config, load
-from jaxpref import diagnostics, embeddings, gradients, losses
-from jaxpref.data import batches
-from jaxpref.training.linearised import linearised
+from experiments.forecast.protocol import HORIZON, Config, load
+from experiments.protocol import arms, foresight, kinds
+from experiments.protocol.arms import ARMS
+from experiments.protocol.settings import Parts
+from jaxpref import diagnostics, embeddings, gradients
+from jaxpref.logprobs import token_logits
+from jaxpref.logprobs.chunked import map_time
+from jaxpref.training.objectives import objective
+from jaxpref.training.pairset import PairSet
 
 
-class Programs(NamedTuple):
-    """The compiled functions of a run."""
-
-    pull: Any  # (logp, reference) -> [pairs 2]
-    slope: Any  # (params, batch) -> gradient of the mean loss
-    change: Any  # (params, arrays, tangent) -> (logp, change)
-    grams: Any  # (params, arrays, metric) -> [pairs 2 2]
-    hidden: Any  # (params, batch) -> Responses
-    logp: Any  # (params, batch) -> [pairs 2]
+def programs(config: Config, pairs: PairSet) -> arms.Programs:
+    """Of the two losses of the arms."""
+    losses = {"sft": objective("sft"), "dpo": objective("dpo", beta=config.beta)}
+    return arms.programs(config.optimizer, pairs, losses)
 
 
-def programs(config: Config, problem: common.Problem) -> Programs:
-    """Compiled once a run."""
+@functools.partial(jax.jit, static_argnums=0)
+def grams(pairs: PairSet, params, metric, batch) -> jax.Array:
+    """``[pairs 2 2]``, plain or in a metric."""
+    found = gradients.pair_grams(pairs.logp, params, batch[:3], metric=metric, responses="together")
+    return found.gram
 
-    def loss(logp, reference):
-        return losses.dpo(logp, reference, beta=config.beta)
 
-    def mean_loss(params, batch):
-        return loss(problem.score(params, batch).logp, batch.reference).mean()
+@functools.partial(jax.jit, static_argnums=0)
+def states(pairs: PairSet, params, batch) -> dict[str, jax.Array]:
+    """Scores of embeddings, ``[pairs]`` each."""
+    found, head = pairs.hidden(params, batch), pairs.policy.unembedding(params)
+    seen = found.hidden, found.is_target
+    gram = embeddings.unembedding_gram(found.hidden, found.targets, found.is_target, head)
+    return {
+        "alpha_weighted_ches": embeddings.alpha_weighted_ches(gram),
+        "ches": embeddings.ches(*seen),
+        "ches_length_normalised": embeddings.ches_length_normalised(*seen),
+    }
 
-    def grams(params, arrays, metric):
-        found = gradients.pair_grams(
-            problem.logp, params, arrays, metric=metric, responses="together"
-        )
-        return found.gram
 
-    return Programs(
-        jax.jit(jax.grad(lambda logp, reference: loss(logp, reference).sum())),
-        jax.jit(jax.grad(mean_loss)),
-        jax.jit(functools.partial(common.logp_and_change, problem.logp)),
-        jax.jit(grams),
-        jax.jit(problem.hidden),
-        jax.jit(lambda params, batch: problem.score(params, batch).logp),
+@functools.partial(jax.jit, static_argnums=0)
+def shifts(pairs: PairSet, start, params, batch) -> dict[str, jax.Array]:
+    """Of each token ``[pairs 2 response]`` what `jaxpref.diagnostics.token_shifts` says."""
+    before, after = pairs.hidden(start, batch), pairs.hidden(params, batch)
+    heads = pairs.policy.unembedding(start), pairs.policy.unembedding(params)
+
+    def chunk(before, after, targets):
+        logits = token_logits(before, heads[0]), token_logits(after, heads[1])
+        return diagnostics.token_shifts(*logits, targets)._asdict()
+
+    found = map_time(chunk, 16, (before.hidden, after.hidden, before.targets), time_axis=2)
+    return {**found, "is_target": before.is_target}
+
+
+def forecast(config: Config, run: arms.Programs, begun: arms.Begun) -> dict[str, np.ndarray]:
+    """All signals of the probes, by name, ``[probes 2]`` or ``[probes]``, before any update."""
+    params, pairs, parts, _ = begun
+    probes = arms.probes_of(config, parts)
+    seen = foresight.foresee(config, run, begun, protocol.epoch_of(config))
+    found: dict[str, Any] = {
+        "rows": probes, "logp": pairs.known[probes], "lengths": pairs.lengths[probes]
+    }  # fmt: skip
+    for name in ("plain", "metric", "replay"):
+        told = foresight.told(pairs, params, getattr(seen, name), probes, moved=name != "plain")
+        found |= _named(name, told)
+    scale = seen.scale
+    del seen
+    found["gram"] = pairs.sweep(functools.partial(grams, pairs, params, None), probes, batch=4)
+    weighed = functools.partial(grams, pairs, params, scale)
+    found["metric_gram"] = pairs.sweep(weighed, parts.unseen, batch=4)
+    return found | pairs.sweep(functools.partial(states, pairs, params), probes)
+
+
+def explained(config: Config, begun: arms.Begun, others: PairSet, tokenizer: Any, params: PyTree,
+              state: PyTree) -> dict[str, np.ndarray]:  # fmt: skip
+    """What is known of a run after its first epoch: explanations, and no forecasts.
+
+    What its whole movement does to the probes to first and second order, the Gram of trained probes
+    in its own optimizer's metric, the shifts of the tokens of unseen responses and of those of
+    other kinds, and what it says.
+    """
+    start, pairs, parts, _ = begun
+    probes = arms.probes_of(config, parts)
+    path = jax.tree.map(jnp.subtract, params, start)
+    found = _named("path", foresight.told(pairs, start, path, probes, moved=False))
+    del path
+    rates = arms.rates_of(protocol.epoch_of(config))
+    square = foresight.squares_of(config.optimizer, state, len(rates))
+    weighed = functools.partial(
+        grams, pairs, start, foresight.scale_of(config.optimizer, square, rates)
     )
+    found["path_gram"] = pairs.sweep(weighed, probes[: config.grams], batch=4)
+    del square, weighed
+    found |= _tokens(config, pairs, start, params, parts.unseen, "")
+    found |= _tokens(config, others, start, params, np.arange(len(others)), "kinds_")
+    return found | spoken(config, pairs, params, parts, tokenizer)
 
 
-@functools.partial(jax.jit, static_argnames="name")
-def _first_update(name: str, params, gradient):
-    optimizer = common.unit_optimizer(name)
-    state = optimizer.init(params)
-    metric = linearised(optimizer, state, gradient, params, decay=common.DECAY[name]).metric
-    return optimizer.update(gradient, state, params)[0], metric
+def spoken(config: Config, pairs: PairSet, params: PyTree, parts: Parts, tokenizer: Any
+           ) -> dict[str, np.ndarray]:  # fmt: skip
+    """Answers to some unseen prompts, ``greedy`` and ``sampled [texts time]``, padded by -1."""
+    rows, found = parts.unseen[: config.texts], {}
+    for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        ids = kinds.say(pairs, params, rows, tokenizer, temperature=temperature, seed=0)
+        found[name] = np.full((len(rows), kinds.LONGEST), -1, np.int32)
+        for row, said in zip(found[name], ids, strict=True):
+            row[: len(said)] = said
+    return found
 
 
-def text_signals(targets: np.ndarray, is_target: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """What the token ids alone say, and chance."""
-    words = [
-        [x[at] for x, at in zip(*pair, strict=True)]
-        for pair in zip(targets, is_target, strict=True)
-    ]
-    return {
-        "edit similarity": np.array([embeddings.edit_similarity(*pair) for pair in words]),
-        "length difference": np.asarray(embeddings.length_difference(is_target.sum(axis=2))),
-        "chance": np.random.default_rng(seed).random(len(targets)),
-    }
+def _tokens(config: Config, pairs: PairSet, start: PyTree, params: PyTree, rows: np.ndarray,
+            prefix: str) -> dict[str, np.ndarray]:  # fmt: skip
+    found = pairs.sweep(functools.partial(shifts, pairs, start, params), rows)
+    # As wide in every seed.
+    return {f"{prefix}{name}": _widened(x, max(config.limit, kinds.LONGEST))
+            for name, x in found.items()}  # fmt: skip
 
 
-@jax.jit
-def _of_pairs(gram, own, pull, found, unembedding) -> dict[str, jax.Array]:
-    """What the Grams, plain and in the optimizer's metric, and the hidden states say."""
-    head = embeddings.unembedding_gram(found.hidden, found.targets, found.is_target, unembedding)
-    states = found.hidden, found.is_target
-    return {
-        "Gram, first-order change": -diagnostics.first_order_change(gram, pull)[:, 0],
-        "Gram in the optimizer's metric": -diagnostics.first_order_change(own, pull)[:, 0],
-        "Gram, band margin": -diagnostics.band_margin(gram, pull),
-        "Gram, cosine": diagnostics.cosine(gram),
-        "unembedding Gram (alpha-weighted)": embeddings.alpha_weighted_ches(head),
-        "CHES": embeddings.ches(*states),
-        "CHES, length-normalised": embeddings.ches_length_normalised(*states),
-        "last hidden inner product": embeddings.last_hidden_similarity(*states),
-    }
+def _widened(x: np.ndarray, room: int) -> np.ndarray:
+    x = x[..., :room]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, room - x.shape[-1])])
 
 
-def signals(config: Config, seed: int, problem, params, policy, run: Programs) -> dict[str, Any]:
-    """``signals [signals pairs]`` in the order of `SIGNALS`; and ``gram``, ``logp`` beside them."""
-    rows = protocol.rows(config, problem, seed)
-    batch, name = problem.rows(rows), config.optimizer
-    logp = run.logp(params, batch)
-    pull = run.pull(logp, batch.reference)
-    update, metric = _first_update(name, params, run.slope(params, batch))
-    together = run.change(params, batch[:3], update)[1]
-    gram = run.grams(params, batch[:3], jax.tree.map(jnp.ones_like, metric))
-    own = run.grams(params, batch[:3], metric)
-    alone = []
-    for i in tqdm(rows, "first updates", leave=False):
-        one = problem.rows([i])
-        update, _ = _first_update(name, params, run.slope(params, one))
-        alone.append(run.change(params, one[:3], update)[1][0, 0])
-    found = run.hidden(params, batch)
-    values = {
-        "first update, pair alone": -np.array(alone),
-        "first update, all pairs": -together[:, 0],
-        **_of_pairs(gram, own, pull, found, policy.unembedding(params)),
-        **text_signals(np.asarray(found.targets), np.asarray(found.is_target), seed),
-    }
-    # Gradients at an obtuse angle have no edge to be near to: the farthest from a fall.
-    stacked = np.stack([np.nan_to_num(np.asarray(values[n]), neginf=-1e30) for n in SIGNALS])
-    return {"signals": stacked, "gram": gram, "logp": logp}
-
-
-def train(config: Config, rows: np.ndarray, seed: int, problem, params, run: Programs,
-          horizons: Sequence[int], batch: int) -> np.ndarray:  # fmt: skip
-    """Changes of log-probabilities ``[horizons rows 2]``, in nats since the start."""
-    start = run.logp(params, problem.rows(rows))
-    moving = jax.tree.map(jnp.copy, params)
-    state, found = common.unit_optimizer(config.optimizer).init(moving), []
-    for number in tqdm(range(max(horizons)), "training", unit="update", leave=False):
-        index = rows[batches.order(len(rows), batch, seed, number)]
-        gradient = run.slope(moving, problem.rows(index))
-        moving, state = common.apply_update(config.optimizer, moving, state, gradient, config.rate)
-        if number + 1 in horizons:
-            found.append(np.asarray(run.logp(moving, problem.rows(rows)) - start))
-    return np.stack(found)
+def _named(prefix: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}_{name}": value for name, value in found.items()}
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
-    """``signals [seeds signals pairs]``; ``alone``, ``together [seeds horizons pairs 2]``, nats."""
-    subject, problem = load(config)
-
-    def begin():
-        params = common.supervise(
-            problem, subject.params, optax.adam(config.supervised_rate),
-            steps=config.supervised, batch=config.batch, seed=0,
-        )  # fmt: skip
-        ready = problem.with_reference(params)
-        return ready, params, programs(config, ready)
-
-    begun = functools.cache(begin)
-
-    def kept(name: str, make: Callable[..., Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        return common.kept(folder, name, lambda: make(*begun()))
-
+    """Arrays ``[seeds ...]``: of `forecast`, and of each arm what it saw and `explained`."""
+    subject, pairs = load(config)
+    identity = arms.identity_of(config, protocol.hashes(config))
+    compiled = programs(config, pairs)
     seeds = []
-    for seed in range(config.seeds):
-        rows = protocol.rows(config, problem, seed)
+    for seed in tqdm(range(config.seeds), "seeds", unit="seed"):
 
-        def first(ready, params, compiled, seed=seed):
-            return signals(config, seed, ready, params, subject.policy, compiled)
+        @functools.cache
+        def begin(seed=seed):
+            begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+            others = kinds.probes(pairs, begun.params, begun.parts.unseen, subject.tokenizer, seed)
+            return begun, others
 
-        def pair(i, ready, params, compiled):
-            one = np.array([i])
-            horizons = sorted(config.alone)
-            return {"x": train(config, one, 0, ready, params, compiled, horizons, 1)}
+        def first(begin=begin):
+            begun, _ = begin()
+            said = spoken(config, pairs, begun.params, begun.parts, subject.tokenizer)
+            return forecast(config, compiled, begun) | _named("start", said)
 
-        def every(ready, params, compiled, seed=seed, rows=rows):
-            horizons = sorted(config.together)
-            return {"x": train(config, rows, seed, ready, params, compiled, horizons, config.batch)}
+        record = common.kept(folder, f"{seed}_forecast", first)
+        for name in ARMS:
 
-        record = kept(f"{seed}_signals", first)
-        alone = [
-            kept(f"{seed}_alone_{i}", functools.partial(pair, i))["x"]
-            for i in tqdm(rows, f"pairs alone, seed {seed}", unit="pair")
-        ]
-        record["alone"] = np.concatenate(alone, axis=1)
-        record["together"] = kept(f"{seed}_together", every)["x"]
+            def arm(name=name, begin=begin):
+                begun, others = begin()
+                found = {}
+
+                def also(number, params, state):
+                    if number == protocol.updates(config, HORIZON):
+                        found.update(
+                            explained(config, begun, others, subject.tokenizer, params, state)
+                        )
+
+                return found | arms.follow(
+                    config, compiled, begun, protocol.arm_of(config, name), name=name,
+                    looks=protocol.looks(config, name), also=also,
+                )  # fmt: skip
+
+            record |= _named(name, common.kept(folder, f"{seed}_{name}", arm))
         seeds.append(record)
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

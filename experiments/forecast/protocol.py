@@ -1,92 +1,82 @@
-"""The settings, the signals, and the pairs."""
+"""The settings, the arms, and the signals."""
 
 import dataclasses
-
-import numpy as np
+import functools
 
 from experiments import common
+from experiments.protocol import settings
+from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol.settings import Protocol
 from jaxpref.data import batches
-
-TEXT, FORWARD, GRAM = "none", "1 forward", "1 forward, 1 backward a response"
-SIGNALS = {  # larger: a fall of the chosen response is expected; what each costs a pair
-    "first update, pair alone": "1 forward, 1 backward, 1 JVP",
-    "first update, all pairs": "1 forward, 1 backward, 1 JVP",
-    "Gram, first-order change": GRAM,
-    "Gram in the optimizer's metric": GRAM,
-    "Gram, band margin": GRAM,
-    "Gram, cosine": GRAM,
-    "unembedding Gram (alpha-weighted)": FORWARD,
-    "CHES": FORWARD,
-    "CHES, length-normalised": FORWARD,
-    "last hidden inner product": FORWARD,
-    "edit similarity": TEXT,
-    "length difference": TEXT,
-    "chance": TEXT,
-}
-PROTOCOLS = ("alone", "together")
+from jaxpref.training.pairset import PairSet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Protocol):
     """All that decides the numbers."""
 
-    optimizer: common.Optimizer = "adam"
-    rate: float = 1e-6
-    pairs: int = 24
-    alone: tuple[int, ...] = (1, 10)
-    """Updates after which a pair trained alone is looked at."""
-    together: tuple[int, ...] = (1, 10, 50)
-    """Updates after which pairs trained together are looked at."""
-    batch: int = 4
-    """Pairs of an update when they are trained together."""
-    seeds: int = 1
-    """Each draws other pairs, other batches."""
+    epochs: tuple[float, ...] = (0.5, 1, 2, 4)
+    """When to look, in epochs over the preference part; the forecast is made for the first whole
+    one."""
+    control_epochs: float = 2
+    """The controls' last look."""
     beta: float = 0.1
-    resamples: int = 2000
-    """Of the bootstrap over pairs."""
-    supervised: int = 0
-    """Updates of Adam on the chosen responses of all pairs before, at `supervised_rate`."""
-    supervised_rate: float = 1e-3
-    limit: int = 64
-    """Most tokens of prompt and response; longer prompts lose their beginning."""
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
-    data: str | None = None
-    """A JSONL file of pairs; by default the shipped ones."""
-    bad: common.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
-    end: str = "none"
-    """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = common.DATE
-    """Today, for a chat template that asks."""
+    grams: int = 24
+    """Trained probes whose own share of their change is taken."""
+    texts: int = 10
+    """Prompts whose answers are kept."""
 
 
-SMOKE = Config(pairs=4, alone=(1, 2), together=(1, 2), batch=2, resamples=50)
+SMOKE = Config(
+    pairs=6, unseen=4, trained=4, batch=2, seeds=2, texts=2, grams=3, epochs=(0.5, 1, 2),
+    control_epochs=1,
+    supervised_epochs=1, resamples=50,
+)  # fmt: skip
+HORIZON = 1.0  # epochs: what is forecast
 
 
-def load(config: Config) -> tuple[common.Subject, common.Problem]:
+def updates(config: Config, epochs: float) -> int:
+    """Of so many epochs."""
+    return round(epochs * batches.steps_per_epoch(config.pairs, config.batch))
+
+
+def looks(config: Config, arm: str) -> list[int]:
+    """Updates after which an arm is looked at."""
+    last = max(config.epochs) if arm == "dpo" else config.control_epochs
+    return [updates(config, e) for e in sorted(config.epochs) if e <= last]
+
+
+def arm_of(config: Config, name: str) -> Arm:
+    """Loss, labels and length of an arm."""
+    loss, labels = ARMS[name]
+    return Arm(loss, looks(config, name)[-1], config.rate, labels, config.warmup)
+
+
+def epoch_of(config: Config) -> Arm:
+    """DPO over the epoch that is forecast."""
+    return arm_of(config, "dpo")._replace(updates=updates(config, HORIZON))
+
+
+def load(config: Config) -> tuple[common.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "pairs", "batch", "seeds", "resamples", "limit")
-    common.at_least(0, config, "supervised")
-    common.above(0, config, "rate", "beta", "supervised_rate")
-    for name in PROTOCOLS:
-        if min(getattr(config, name), default=0) < 1:
-            raise ValueError(f"{name}: got {getattr(config, name)}, expected numbers of updates")
-    found = common.read(config)
-    if not config.batch <= config.pairs <= len(found.rows):
-        raise ValueError(f"pairs: got {config.pairs}, expected {config.batch} to {len(found.rows)}")
-    subject = common.open_model(config.model)
-    return subject, common.problem_of(config, subject, found, least=config.pairs)
+    common.above(0, config, "beta", "control_epochs")
+    common.at_least(1, config, "grams", "texts")
+    if config.grams > config.trained:
+        raise ValueError(
+            f"grams: got {config.grams}, expected at most the {config.trained} trained"
+        )
+    if HORIZON not in config.epochs or min(config.epochs) <= 0:
+        raise ValueError(
+            f"epochs: got {config.epochs}, expected positive numbers with 1 among them"
+        )
+    return settings.load(config)
 
 
-def hashes(config: Config) -> dict[str, str]:
+def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
+    return _hashes(config)
+
+
+@functools.lru_cache(maxsize=1)
+def _hashes(config: Config) -> dict[str, object]:
     return common.hashes(*load(config))
-
-
-def rows(config: Config, problem: common.Problem, seed: int) -> np.ndarray:
-    """Which pairs a seed draws."""
-    return batches.order(len(problem), config.pairs, seed, 0)

@@ -1,91 +1,212 @@
-"""How well each signal forecast the change, as a table and in words."""
+"""The tables: what fell, who foresaw it, what it is made of, and where the mass went."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from experiments.correlation import interval, partial_spearman, spearman
-from experiments.forecast.protocol import PROTOCOLS, SIGNALS, Config
+from experiments.correlation import auc, partial_spearman, spearman
+from experiments.forecast import protocol
+from experiments.forecast.protocol import HORIZON, Config
+from experiments.protocol import changes
+from experiments.protocol.arms import ARMS
+from experiments.protocol.changes import SETS, SIDES, about, of_set
+from experiments.protocol.intervals import mean_of
+from experiments.protocol.kinds import KINDS
+from jaxpref import diagnostics
+
+Arrays = Mapping[str, np.ndarray]
+EPOCH = "1 forward and backward a training pair"
+FORECASTS = {  # of the change of both responses, in nats; what each costs, beside a JVP of a probe
+    "gradient, plain": EPOCH,
+    "metric, first order": EPOCH,
+    "metric, with drag": EPOCH,
+    "metric, model moved": EPOCH,
+    "replay, first order": EPOCH,
+    "replay, with drag": EPOCH,
+    "replay, model moved": EPOCH,
+}
+FORWARD, NOTHING, OWN = "1 forward", "none", "1 forward and backward a response"
+SIGNALS = {  # larger: a fall of the chosen response is expected
+    **FORECASTS,
+    "own Gram": OWN,
+    "own Gram in the metric": OWN,
+    "unembedding Gram (alpha-weighted)": FORWARD,
+    "CHES": FORWARD,
+    "CHES, length-normalised": FORWARD,
+    "log-probability at the start": FORWARD,
+    "log-probability a token": FORWARD,
+    "length": NOTHING,
+    "chance": NOTHING,
+}
+EXPLANATIONS = ("run's movement, first order", "run's movement, with drag")  # known afterwards
 
 
-def auc(score: np.ndarray, fell: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of the last axis: how often one that fell scores higher.
+def forecasts(arrays: Arrays) -> dict[str, np.ndarray]:
+    """Changes in nats that are expected, ``[seeds probes 2]``; explanations behind forecasts."""
+    drag = lambda name: arrays[f"{name}_change"] - arrays[f"{name}_variance"] / 2  # noqa: E731
+    found = [
+        arrays["plain_change"], arrays["metric_change"], drag("metric"), arrays["metric_moved"],
+        arrays["replay_change"], drag("replay"), arrays["replay_moved"],
+        arrays["dpo_path_change"], drag("dpo_path"),
+    ]  # fmt: skip
+    return dict(zip((*FORECASTS, *EXPLANATIONS), found, strict=True))
 
-    NaN where all fell or none.
-    """
-    positive = fell.sum(axis=-1)
-    both = positive * (fell.shape[-1] - positive)
-    above = (stats.rankdata(score, axis=-1) * fell).sum(axis=-1) - positive * (positive + 1) / 2
-    return np.where(both > 0, above / np.maximum(both, 1), np.nan)
+
+def signals(config: Config, arrays: Arrays) -> dict[str, np.ndarray]:
+    """`SIGNALS` and `EXPLANATIONS`, ``[seeds probes]``; NaN where one was not taken."""
+    pull = config.beta / 2 * np.array([-1.0, 1.0])  # of DPO at the start
+    logp, lengths = arrays["logp"][..., 0], arrays["lengths"][..., 0]
+    chance = np.random.default_rng(0).random(logp.shape)
+    expected = {name: -x[..., 0] for name, x in forecasts(arrays).items()}
+    weighed = np.full_like(logp, np.nan)
+    weighed[:, config.trained :] = (arrays["metric_gram"] @ pull)[..., 0]
+    rest = [
+        (arrays["gram"] @ pull)[..., 0], weighed,
+        arrays["alpha_weighted_ches"], arrays["ches"], arrays["ches_length_normalised"],
+        -logp, -logp / lengths, lengths, chance,
+    ]  # fmt: skip
+    others = [name for name in SIGNALS if name not in FORECASTS]
+    return {**expected, **dict(zip(others, rest, strict=True))}
 
 
-def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """A row for each protocol, number of updates and signal, over the pairs of all seeds."""
-    rows = []
-    columns = np.moveaxis(arrays["signals"], 1, 0).reshape(len(SIGNALS), -1)
-    by = dict(zip(SIGNALS, columns, strict=True))
-    for protocol in PROTOCOLS:
-        for k, updates in enumerate(sorted(getattr(config, protocol))):
-            change = arrays[protocol][:, k, :, 0].reshape(-1)
-            fell = change < 0
-            for name, score in by.items():
-                rows.append(
-                    {
-                        "protocol": protocol,
-                        "updates": updates,
-                        "signal": name,
-                        "cost": SIGNALS[name],
-                        "fell": int(fell.sum()),
-                        "of": len(fell),
-                        "change": float(change.mean()),
-                        "spearman": float(spearman(score, -change)),
-                        "spearman_95": interval(spearman, (score, -change), config.resamples),
-                        "given_length": float(
-                            partial_spearman(score, -change, by["length difference"])
-                        ),
-                        "auc": float(auc(score, fell)),
-                        "auc_95": interval(auc, (score, fell), config.resamples),
-                    }
-                )
+def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """Rows of all tables; ``table`` says of which."""
+    return [
+        *changes.rows(config, arrays, {arm: protocol.looks(config, arm) for arm in ARMS}),
+        *_told(config, arrays), *_sizes(config, arrays),
+        *_shares(config, arrays), *_kinds(config, arrays), *_tokens(config, arrays),
+    ]  # fmt: skip
+
+
+def at_horizon(config: Config, arrays: Arrays, arm: str) -> np.ndarray:
+    """Changes ``[seeds probes 2]`` under an arm after the epoch that is forecast."""
+    there = protocol.looks(config, arm).index(protocol.updates(config, HORIZON))
+    return arrays[f"{arm}_change"][:, there]
+
+
+def _told(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """How well each signal orders the falls of chosen responses, and says which fall."""
+    rows, target = [], at_horizon(config, arrays, "dpo")[..., 0]
+    for which in SETS:
+        change = of_set(config, target, which)
+        lengths = of_set(config, arrays["lengths"][..., 0], which)
+        for name, signal in signals(config, arrays).items():
+            score = of_set(config, signal, which)
+            if np.isnan(score).any():
+                continue
+            row: dict[str, Any] = {"table": "signals", "set": which, "signal": name}
+            row["cost"] = SIGNALS.get(name, "the run")
+            row |= about("spearman", config, lambda s, c: spearman(s, -c), score, change)
+            row |= about("auc", config, lambda s, c: auc(s, c < 0), score, change)
+            given = partial_spearman(score, -change, lengths)
+            row["given_length"] = float(np.mean(given))
+            rows.append(row)
     return rows
 
 
-def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table, and in words which signals forecast anything."""
-    lines, words = [], []
-    for protocol in PROTOCOLS:
-        for updates in sorted(getattr(config, protocol)):
-            some = [r for r in rows if (r["protocol"], r["updates"]) == (protocol, updates)]
-            first = some[0]
-            lines += [
-                f"{protocol}, after {updates} updates of {config.optimizer} at {config.rate:g}:"
-                f" {first['fell']} of {first['of']} chosen responses fell, mean change"
-                f" {first['change']:+.4f} nats",
-                f"{'signal':<34} {'Spearman (95 %)':>24} {'given length':>13} {'AUC (95 %)':>22}"
-                "  cost a pair",
-            ]
-            for row in some:
-                low, high = row["spearman_95"]
-                area = "-" if row["auc"] != row["auc"] else "{:.2f} ({:.2f} to {:.2f})".format(
-                    row["auc"], *row["auc_95"])  # fmt: skip
-                lines.append(
-                    f"{row['signal']:<34} {row['spearman']:>+7.2f} ({low:+.2f} to {high:+.2f})"
-                    f" {row['given_length']:>+13.2f} {area:>22}  {row['cost']}"
-                )
-            lines.append("")
-            words.append(_verdict(protocol, updates, some))
-    return "\n".join([*lines, *words])
+def _sizes(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """Mean change of both responses, measured and forecast."""
+    rows, measured = [], at_horizon(config, arrays, "dpo")
+    for which in SETS:
+        for i, side in enumerate(SIDES):
+            true = of_set(config, measured, which)[..., i]
+            for name, expected in {"measured": measured, **forecasts(arrays)}.items():
+                row: dict[str, Any] = {"table": "sizes", "set": which, "side": side}
+                row["forecast"] = name
+                row |= about("mean", config, mean_of, of_set(config, expected, which)[..., i])
+                row["of_measured"] = row["mean"] / float(true.mean())
+                row["fell"] = float((of_set(config, expected, which)[..., i] < 0).mean())
+                rows.append(row)
+    return rows
 
 
-def _verdict(protocol: str, updates: int, rows: Sequence[Mapping[str, Any]]) -> str:
-    told = [r for r in rows if r["spearman_95"][0] > 0]
-    against = [r for r in rows if r["spearman_95"][1] < 0]
-    best = sorted(told, key=lambda r: -r["spearman"])
-    names = ", ".join(f"{r['signal']} ({r['spearman']:+.2f})" for r in best) or "no signal"
-    said = f"{protocol}, {updates} updates: better than chance: {names}."
-    if against:
-        wrong = ", ".join(f"{r['signal']} ({r['spearman']:+.2f})" for r in against)
-        said += f" The wrong way round: {wrong}."
-    return said
+def own_share(config: Config, arrays: Arrays, arm: str) -> np.ndarray:
+    """What each probe's own pair pushes over the epoch, nats ``[seeds probes 2]``.
+
+    Its pulls when it was shown, through its Gram in the metric of the run's optimizer. Unseen pairs
+    push nothing; of trained ones it is known of the first few, and NaN of the others.
+    """
+    updates = protocol.updates(config, HORIZON)
+    found = np.zeros_like(at_horizon(config, arrays, arm))
+    found[:, config.grams : config.trained] = np.nan
+    for seed, rows in enumerate(arrays["rows"][:, : config.grams]):
+        index = arrays[f"{arm}_index"][seed, :updates].reshape(-1)
+        pull = arrays[f"{arm}_pull"][seed, :updates].reshape(-1, 2)
+        for place, row in enumerate(rows):
+            own = pull[index == row].sum(axis=0) / index.size
+            found[seed, place] = -arrays[f"{arm}_path_gram"][seed, place] @ own
+    return found
+
+
+def shares(config: Config, arrays: Arrays, arm: str) -> dict[str, np.ndarray]:
+    """The change ``[seeds probes 2]`` after the epoch, and what it is made of, in nats."""
+    whole, own = at_horizon(config, arrays, arm), own_share(config, arrays, arm)
+    first, drag = arrays[f"{arm}_path_change"], -arrays[f"{arm}_path_variance"] / 2
+    return {"measured": whole, "others": first - own, "own": own, "drag": drag,
+            "rest": whole - first - drag}  # fmt: skip
+
+
+def _shares(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    rows = []
+    for arm in ARMS:
+        parts = shares(config, arrays, arm)
+        for which in SETS:
+            for i, side in enumerate(SIDES):
+                row = {"table": "shares", "arm": arm, "set": which, "side": side}
+                for name, x in parts.items():
+                    some = of_set(config, x, which)[..., i]
+                    some = some[:, : config.grams] if which == "trained" else some
+                    row |= about(name, config, mean_of, some)
+                rows.append(row)
+    return rows
+
+
+def by_kind(config: Config, arrays: Arrays, arm: str) -> dict[str, dict[str, np.ndarray]]:
+    """Numbers of tokens ``[seeds unseen response]`` of each kind of response to unseen prompts."""
+    names = (*diagnostics.TokenShifts._fields, "is_target")
+    found = {
+        side: {n: arrays[f"{arm}_{n}"][:, :, i] for n in names} for i, side in enumerate(SIDES)
+    }
+    for j, kind in enumerate(KINDS):
+        x = {n: arrays[f"{arm}_kinds_{n}"] for n in names}
+        shape = len(x["kl"]), len(KINDS) // 2, config.unseen, 2, -1
+        found[kind] = {n: v.reshape(shape)[:, j // 2, :, j % 2] for n, v in x.items()}
+    return found
+
+
+def _kinds(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    rows = []
+    for arm in ARMS:
+        for kind, x in by_kind(config, arrays, arm).items():
+            change = ((x["logp_after"] - x["logp_before"]) * x["is_target"]).sum(axis=-1)
+            tokens = x["is_target"].sum(axis=-1)
+            row = {"table": "kinds", "arm": arm, "kind": kind, "tokens": float(tokens.mean())}
+            start = (x["logp_before"] * x["is_target"]).sum(axis=-1)
+            row["start_a_token"] = float((start / tokens).mean())
+            row |= about("change", config, mean_of, change)
+            row |= about("a_token", config, mean_of, change / tokens)
+            rows.append({**row, "fell": float((change < 0).mean())})
+    return rows
+
+
+def _tokens(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """Of all tokens of a kind: shifts of the greedy token, and where the mass went."""
+    rows = []
+    for arm in ARMS:
+        for kind, x in by_kind(config, arrays, arm).items():
+            real = x["is_target"].astype(bool)
+            rank, change = x["new_top_rank"][real], (x["logp_after"] - x["logp_before"])[real]
+            falls = (change < 0) & (x["rank_before"][real] > 1)
+            greedy = np.exp(x["old_top_after"][real]) - np.exp(x["top_before"][real])
+            rows.append({
+                "table": "tokens", "arm": arm, "kind": kind, "tokens": int(real.sum()),
+                "unshifted": float((rank == 1).mean()),
+                "marginal": float(((rank > 1) & (rank <= 3)).mean()),
+                "shifted": float((rank > 3).mean()),
+                "greedy_probability": float(greedy.mean()),
+                "greedy_where_others_fall": float(greedy[falls].mean()) if falls.any() else np.nan,
+                "entropy": float((x["entropy_after"] - x["entropy_before"])[real].mean()),
+                "kl": float(x["kl"][real].mean()),
+            })  # fmt: skip
+    return rows
