@@ -7,7 +7,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: demo test lint newest parity parity-losses bench docs clean
 
 demo: .venv/experiments
-	$(BIN)/python -m experiments.no_vs_never --name demo --resume
+	$(BIN)/python -m experiments.no_vs_never --name demo --resume --prompts 1 --train all
+	$(BIN)/python -m experiments.displacement --name demo --resume
 
 test: .venv/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile

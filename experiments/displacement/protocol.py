@@ -1,0 +1,49 @@
+"""The settings: one seed, two arms."""
+
+import dataclasses
+
+from experiments import common
+from experiments.protocol import settings
+from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol.settings import Protocol
+from jaxpref.data import batches
+from jaxpref.training.pairset import PairSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Protocol):
+    """All that decides the numbers."""
+
+    trained: int = 16
+    seeds: int = 1
+    rate: float = 1e-5
+    epochs: int = 2
+    """Of preference training."""
+
+
+SMOKE = Config(
+    pairs=4, unseen=4, trained=2, batch=2, supervised_epochs=1, epochs=1, resamples=50
+)  # fmt: skip
+
+
+def looks(config: Config) -> list[int]:
+    """Updates after which arms are looked at: every epoch's end."""
+    epoch = batches.steps_per_epoch(config.pairs, config.batch)
+    return [epoch * (n + 1) for n in range(config.epochs)]
+
+
+def arm_of(config: Config, name: str) -> Arm:
+    """Loss, labels and length of an arm."""
+    loss, labels = ARMS[name]
+    return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
+
+
+def load(config: Config) -> tuple[common.Subject, PairSet]:
+    """Model and pairs of a run; raises for settings that cannot be run."""
+    common.at_least(1, config, "epochs")
+    return settings.load(config)
+
+
+def hashes(config: Config) -> dict[str, object]:
+    """Of model and data, for the provenance."""
+    return common.hashes(*load(config))
