@@ -1,20 +1,15 @@
 """One setting: trajectories, masses, predictions. Several: the map of when the chosen falls."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.no_vs_never.protocol import (
-    Cell,
-    Config,
-    answer_ids,
-    cells,
-    meaning_ids,
-    meanings_of,
-    tokenizer_of,
-)
+from experiments import common
+from experiments.no_vs_never import protocol
+from experiments.no_vs_never.protocol import Cell, Config, answer_ids, meaning_ids
 
 COLOURS = {"chosen": "#1b6ca8", "rejected": "#777777", "same": "#67b7dc", "opposite": "#c8402f"}
 OTHER = "#b9b9b9"
@@ -23,31 +18,51 @@ OTHER = "#b9b9b9"
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """One setting: trajectories, masses and predictions. Several: the map of when it falls."""
     groups: dict[Cell, list[int]] = {}
-    shown = "all" if "all" in config.train else config.train[0]
-    for i, cell in enumerate(cells(config)):
-        if cell.train == shown:
+    for i, cell in enumerate(protocol.cells(config)):
+        if cell.train == "all":
             groups.setdefault(cell._replace(prompt=0), []).append(i)
-    if len(groups) > 1:
-        return _draw_map(config, arrays, groups)
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for (cell, at), panel in zip([*groups.items()] * 3, range(3), strict=True):
-        (_draw_words, _draw_masses, _draw_theory)[panel](panels[panel], config, arrays, cell, at)
-        panels[panel].spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{cell.loss}, learning rate {cell.learning_rate:g}, {cell.sft_steps} supervised updates,"
-        f" {len(at)} prompts",
-        fontsize=11,
-    )
+    lines, columns = len(groups) / len(config.learning_rates), len(config.learning_rates)
+    size = (15, 4.6) if len(groups) == 1 else (2.6 * columns + 1.4, 1.7 * lines + 0.9)
+    figure = plt.figure(figsize=(size[0] + 4, size[1]), layout="constrained")
+    halves: Any = figure.subfigures(1, 2, width_ratios=(size[0], 4))
+    left, right = halves
+    (_draw_one if len(groups) == 1 else _draw_map)(left, config, arrays, groups)
+    _draw_ends(right.subplots(), arrays, groups)
     return figure
+
+
+def _draw_one(figure, config: Config, arrays, groups: Mapping[Cell, list[int]]) -> None:
+    ((cell, at),) = groups.items()
+    parts = _draw_words, _draw_masses, _draw_theory
+    for panel, part in zip(figure.subplots(1, 3), parts, strict=True):
+        part(panel, config, arrays, cell, at)
+        panel.spines[["top", "right"]].set_visible(False)
+    said = f"{cell.loss}, learning rate {cell.learning_rate:g}, {cell.sft_steps} supervised updates"
+    figure.suptitle(f"{said}, {len(at)} prompts", fontsize=11)
+
+
+def _draw_ends(axes, arrays, groups: Mapping[Cell, list[int]]) -> None:
+    """Of every run, the chosen's log-probability at its end minus that at its start."""
+    logp = arrays["logp"][:, :, 0]
+    change = logp[:, -1] - logp[:, 0]
+    for y, at in enumerate(groups.values()):
+        colours = [COLOURS["opposite" if x < 0 else "chosen"] for x in change[at]]
+        axes.scatter(change[at], [-y] * len(at), c=colours, s=18)
+    axes.axvline(0, color="black", lw=0.8)
+    names = [f"{c.pair} {c.loss}\nSFT {c.sft_steps}, lr {c.learning_rate:g}" for c in groups]
+    axes.set_yticks([-y for y in range(len(groups))], names, fontsize=7)
+    runs_ = [i for at in groups.values() for i in at]
+    fell = f"{(change[runs_] < 0).sum()} of {len(runs_)} runs"
+    axes.set_title(f"End minus start of the\nchosen (nats): below in {fell}", fontsize=9)
+    axes.set_ylim(0.6 - len(groups), 0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _kinds(config: Config, cell: Cell) -> dict[int, str]:
     """Token to its side of this pair: chosen, rejected, same or opposite meaning."""
-    tokenizer = tokenizer_of(config)
-    meanings, sides = (
-        meaning_ids(tokenizer),
-        zip(("same", "opposite"), meanings_of(cell.pair), strict=True),
-    )
+    tokenizer = common.open_model(config.model).tokenizer
+    meanings = meaning_ids(tokenizer)
+    sides = zip(("same", "opposite"), protocol.meanings_of(cell.pair), strict=True)
     kinds = {t: side for side, meaning in sides for t in meanings.get(meaning or "", [])}
     return kinds | dict(zip(answer_ids(cell.pair, tokenizer), ("chosen", "rejected"), strict=True))
 
@@ -60,7 +75,7 @@ def _band(axes, values: np.ndarray, **style) -> None:
 
 
 def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
-    tokenizer, kinds = tokenizer_of(config), _kinds(config, cell)
+    tokenizer, kinds = common.open_model(config.model).tokenizer, _kinds(config, cell)
     watched = [t for ids in meaning_ids(tokenizer).values() for t in ids]
     p = arrays["watched"][at]  # [prompts steps watched]
     reach = p.mean(axis=0).max(axis=0)
@@ -75,25 +90,18 @@ def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None
 
 
 def _draw_masses(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
-    p = np.exp(arrays["logp"][at]).mean(axis=0)  # [steps 2]
-    mass = arrays["mass"][at].mean(axis=0)
+    p, mass = (x[at].mean(axis=0) for x in (np.exp(arrays["logp"]), arrays["mass"]))  # [steps 2]
     parts = {"chosen": p[:, 0], "same": mass[:, 0], "opposite": mass[:, 1], "rejected": p[:, 1]}
-    names = [
-        "the chosen word",
-        "other words of its meaning",
-        "opposite meaning",
-        "the rejected word",
-    ]
-    axes.stackplot(
-        np.arange(len(p)), list(parts.values()), labels=names, colors=[COLOURS[k] for k in parts]
-    )
+    names = "the chosen word", "other words of its meaning", "opposite meaning", "the rejected word"
+    colours = [COLOURS[name] for name in parts]
+    axes.stackplot(range(len(p)), list(parts.values()), labels=names, colors=colours)
     axes.legend(loc="lower right", framealpha=0.8, fontsize=8)
     axes.set(title="Where the probability is (mean)", xlabel="update", ylim=(0, 1))
     axes.set_xlim(0, len(p) - 1)
 
 
 def _draw_theory(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
-    tokenizer, kinds = tokenizer_of(config), _kinds(config, cell)
+    tokenizer, kinds = common.open_model(config.model).tokenizer, _kinds(config, cell)
     tokens, predicted = arrays["shown_token"][at[0]], arrays["shown_predicted"][at[0], 2]
     observed = arrays["shown_change"][at[0], 0]
     colours = [COLOURS.get(kinds.get(int(t), ""), OTHER) for t in tokens]
@@ -104,21 +112,15 @@ def _draw_theory(axes, config: Config, arrays, cell: Cell, at: list[int]) -> Non
             axes.annotate(tokenizer.decode([int(t)]), (x, y), (3, 2), textcoords="offset points",
                           fontsize=7)  # fmt: skip
     rho = arrays["spearman"][at, 2, 0, 0].mean()
-    axes.set(
-        title=f"The first update: theory against outcome (Spearman {rho:.2f})",
-        xlabel="predicted change of log-probability (nats)",
-        ylabel="observed (nats), one point a token",
-    )
+    axes.set(title=f"The first update: theory against outcome (Spearman {rho:.2f})",
+             xlabel="predicted change of log-probability (nats)",
+             ylabel="observed (nats), one point a token")  # fmt: skip
 
 
-def _draw_map(config: Config, arrays, groups: Mapping[Cell, list[int]]) -> Figure:
+def _draw_map(figure, config: Config, arrays, groups: Mapping[Cell, list[int]]) -> None:
     lines = list(dict.fromkeys(cell._replace(learning_rate=0.0) for cell in groups))
     rates = config.learning_rates
-    size = (2.6 * len(rates) + 1.4, 1.7 * len(lines) + 0.9)
-    figure, grid = plt.subplots(
-        len(lines), len(rates), figsize=size, sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    grid = figure.subplots(len(lines), len(rates), sharex=True, sharey=True, squeeze=False)
     for cell, at in groups.items():
         row, column = lines.index(cell._replace(learning_rate=0.0)), rates.index(cell.learning_rate)
         axes, logp = grid[row, column], arrays["logp"][at, :, 0]
@@ -139,4 +141,3 @@ def _draw_map(config: Config, arrays, groups: Mapping[Cell, list[int]]) -> Figur
         "mean and range over prompts; title and ground: change of the chosen's log-probability",
         fontsize=10,
     )
-    return figure

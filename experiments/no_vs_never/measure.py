@@ -1,10 +1,12 @@
 """One run, and all of them: what theory says beforehand, then what happens."""
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,51 +16,22 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments.no_vs_never.protocol import (
-    GAINS,
-    LIKELY,
-    LOOKS,
-    PAPER_PROMPTS,
-    PREDICTIONS,
-    SFT_LABELS,
-    Cell,
-    Config,
-    answer_ids,
-    cells,
-    load_model,
-    load_questions,
-    meaning_ids,
-    meanings_of,
-    tokenizer_of,
-)
-from jaxpref import diagnostics, embeddings, gradients, losses, runs
+from experiments import common
+from experiments.no_vs_never import control, protocol
+from experiments.no_vs_never.protocol import LIKELY, LOOKS, PREDICTIONS, SFT_LABELS, Cell, Config
+from jaxpref import diagnostics, embeddings, gradients, losses
 from jaxpref.data import batches
 from jaxpref.training import optimizers, step
 
 
 class Prompt(NamedTuple):
-    """A batch of one pair of one-token answers to one question."""
-
-    tokens: jax.Array  # [1 time], padded on the right
-    length: jax.Array  # [1]
-    hidden: jax.Array  # [1 width], the untrained state that reads the next token
-    answers: jax.Array  # [1 2], token ids, chosen first
-    reference: jax.Array  # [1 2], nats
-
-
-class Labelled(NamedTuple):
-    """A batch of questions with one-token answers, for the supervised phase."""
+    """Questions with answers of one token: a pair of them, or one in the supervised phase."""
 
     tokens: jax.Array  # [batch time], padded on the right
     length: jax.Array  # [batch]
-    answers: jax.Array  # [batch 1], token ids
-
-
-class NextToken(NamedTuple):
-    """What a policy says of the next token."""
-
-    logp: jax.Array  # [batch answers], nats
-    every: jax.Array  # [batch vocab], nats
+    answers: jax.Array  # [batch answers], token ids, chosen first
+    hidden: Any = None  # [1 width], what a control reads; it is not trained
+    reference: Any = None  # [1 2], nats
 
 
 def _padded(questions: Sequence[str], tokenizer, *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
@@ -77,53 +50,48 @@ def next_token_hidden(policy, params, batch) -> jax.Array:
     return jnp.take_along_axis(hidden, (batch.length - 1)[:, None, None], axis=1)[:, 0]
 
 
-def next_token_logp(policy, params, batch) -> jax.Array:
-    """Log-probabilities ``[batch vocab]`` of the next token under the whole model."""
-    logits = next_token_hidden(policy, params, batch) @ policy.unembedding(params).T
-    return jax.nn.log_softmax(logits)
+def logp_of(train: str, policy) -> Callable[[Any, Prompt], jax.Array]:
+    """``(what is trained, prompts) -> [batch vocab]``, log-probabilities of the next token."""
+
+    def whole(params, batch):
+        logits = next_token_hidden(policy, params, batch) @ policy.unembedding(params).T
+        return jax.nn.log_softmax(logits)
+
+    return whole if train == "all" else lambda rows, b: jax.nn.log_softmax(b.hidden @ rows.T)
 
 
-def _trained(train: str, policy, params, hidden) -> Any:
-    """The parameters that are trained: a copy, because a step donates them."""
+def of_answers(logp: jax.Array, batch: Prompt) -> jax.Array:
+    """Log-probabilities ``[batch answers]`` of the answers."""
+    return jnp.take_along_axis(logp, batch.answers, axis=1)
+
+
+def _trained(train: str, policy, params, prompt: Prompt) -> tuple[Any, Prompt]:
+    """The parameters that are trained, a copy because a step donates them, and what they read.
+
+    A free table of logits is an unembedding of width 1 that reads the number one.
+    """
     if train == "all":
-        return jax.tree.map(jnp.copy, params)
-    unembedding = jnp.copy(policy.unembedding(params))
-    return unembedding if train == "unembedding" else hidden @ unembedding.T
+        return jax.tree.map(jnp.copy, params), prompt
+    rows = jnp.copy(policy.unembedding(params))
+    if train == "unembedding":
+        return rows, prompt
+    return rows @ prompt.hidden.T, prompt._replace(hidden=jnp.ones((1, 1), rows.dtype))
 
 
-def _logp_of(train: str, policy) -> Callable[[Any, Prompt], jax.Array]:
-    """``(what is trained, prompt) -> [1 vocab]``."""
+@functools.cache
+def _loss(name: str, beta: float, tau: float) -> Callable:
+    """The named loss of ``(logp, reference)``, its hyperparameters bound."""
     return {
-        "all": functools.partial(next_token_logp, policy),
-        "unembedding": lambda W, batch: jax.nn.log_softmax(batch.hidden @ W.T),
-        "tabular": lambda logits, batch: jax.nn.log_softmax(logits),
-    }[train]
-
-
-def _margin_loss(name: str, beta: float, tau: float) -> Callable:
-    """The named loss of ``(scores, batch)``, its hyperparameters bound."""
-    return {
-        "dpo": lambda s, b: losses.dpo(s.logp, b.reference, beta=beta),
-        "ipo": lambda s, b: losses.ipo(s.logp, b.reference, tau=tau),
-        "hinge": lambda s, b: losses.hinge(s.logp, b.reference, beta=beta),
-        "sppo": lambda s, b: losses.sppo(s.logp, b.reference, beta=beta),
-        "slic_hf": lambda s, b: losses.slic_hf(s.logp, delta=1.0, lam=0.1),
+        "dpo": functools.partial(losses.dpo, beta=beta),
+        "ipo": functools.partial(losses.ipo, tau=tau),
+        "hinge": functools.partial(losses.hinge, beta=beta),
     }[name]
-
-
-def _score(logp_of: Callable) -> Callable:
-    def score(params, batch):
-        every = logp_of(params, batch)
-        return NextToken(jnp.take_along_axis(every, batch.answers, axis=1), every)
-
-    return score
 
 
 def _rmsprop(decay: float, learning_rate: float | jax.Array) -> optax.GradientTransformation:
     # The learning rate lies in the optimizer's state: one compiled step serves all of them.
-    return optax.inject_hyperparams(optimizers.torch_rmsprop)(
-        learning_rate=learning_rate, decay=decay
-    )
+    of_rate = optax.inject_hyperparams(optimizers.torch_rmsprop)
+    return of_rate(learning_rate=learning_rate, decay=decay)
 
 
 def _labels(config: Config, tokenizer) -> np.ndarray:
@@ -133,141 +101,109 @@ def _labels(config: Config, tokenizer) -> np.ndarray:
         for side, words in SFT_LABELS.items()
     }
     rng = np.random.default_rng(config.seed)
-    sides = [s.answer.strip() for s in load_questions(config)]
+    sides = [s.answer.strip() for s in protocol.load_questions(config)]
     return np.array([rng.choice(known[side]) for side in sides], np.int32)
 
 
-# The settings that decide the supervised phase: configurations that share them share its end.
-_SUPERVISED = ("model", "data", "bad", "seed", "sft_learning_rate", "sft_batch", "decay")
-
-
+@functools.lru_cache(maxsize=3)
 def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
     """Parameters after `steps` updates on the statements' labels; kept in `folder` if given."""
-    read = {name: getattr(config, name) for name in _SUPERVISED}
-    return _supervised(Config(**read), steps, folder)
-
-
-@functools.lru_cache(maxsize=3)
-def _supervised(config: Config, steps: int, folder: Path | None) -> Any:
-    policy, params, *_ = load_model(config.model)
-    tokenizer = tokenizer_of(config)
-    kept = folder / f"sft-{steps}.npz" if folder else None
+    params = common.open_model(config.model).params
     if steps == 0:
         return params
-    leaves, structure = jax.tree.flatten(params)
-    if kept and kept.exists():
-        with np.load(kept) as file:
-            return structure.unflatten(jnp.asarray(file[str(i)]) for i in range(len(leaves)))
-    questions, labels = load_questions(config), _labels(config, tokenizer)
+
+    def make() -> dict[str, Any]:
+        return {str(i): x for i, x in enumerate(jax.tree.leaves(_supervise(config, steps)))}
+
+    kept, (leaves, structure) = common.kept(folder, f"sft-{steps}", make), jax.tree.flatten(params)
+    return structure.unflatten(jnp.asarray(kept[str(i)]) for i in range(len(leaves)))
+
+
+def _supervise(config: Config, steps: int) -> Any:
+    policy, params, tokenizer, _ = common.open_model(config.model)
+    questions, labels = protocol.load_questions(config), _labels(config, tokenizer)
     optimizer = _rmsprop(config.decay, config.sft_learning_rate)
-    update = step.make_step(
-        _score(functools.partial(next_token_logp, policy)),
-        lambda scores, _: -scores.logp[:, 0],
-        optimizer,
-    )
+    loss = lambda logp, batch: -of_answers(logp, batch)[:, 0]  # noqa: E731
+    update = step.make_step(logp_of("all", policy), loss, optimizer)
     state = step.init_state(jax.tree.map(jnp.copy, params), optimizer, key=jax.random.key(0))
     bar = tqdm(range(steps), "supervised phase", unit="update")
     for i in bar:
         rows = batches.order(len(questions), config.sft_batch, seed=config.seed, step=i)
         asked = _padded([questions[r].question for r in rows], tokenizer, multiple=16)
-        state, metrics, _ = update(state, Labelled(*map(jnp.asarray, (*asked, labels[rows, None]))))
+        state, metrics, _ = update(state, Prompt(*map(jnp.asarray, (*asked, labels[rows, None]))))
         bar.set_postfix(loss=f"{metrics['loss']:.2f}")
-    if kept:
-        runs.save_arrays(kept, {str(i): x for i, x in enumerate(jax.tree.leaves(state.params))})
     return state.params
 
 
 @functools.cache
-def _compiled(model: str | None, train: str, loss: str, beta: float, tau: float, decay: float):
+def _compiled(model: str | None, train: str, loss: Callable, decay: float):
     """Update, log-probabilities, predictions; jitted once for all runs that share the settings."""
-    logp_of, optimizer = _logp_of(train, load_model(model).policy), _rmsprop(decay, 0.0)
-    score, margin = _score(logp_of), _margin_loss(loss, beta, tau)
-    foreseen = functools.partial(_predictions, logp_of, score, margin, decay)
-    return step.make_step(score, margin, optimizer), jax.jit(logp_of), jax.jit(foreseen)
+    logp, optimizer = logp_of(train, common.open_model(model).policy), _rmsprop(decay, 0.0)
+
+    def margin_loss(every, batch):
+        return loss(of_answers(every, batch), batch.reference)
+
+    foreseen = functools.partial(_predictions, logp, margin_loss, decay)
+    return step.make_step(logp, margin_loss, optimizer), jax.jit(logp), jax.jit(foreseen)
 
 
 @functools.cache
 def _reader(path: str | None):
-    return jax.jit(functools.partial(next_token_hidden, load_model(path).policy))
+    return jax.jit(functools.partial(next_token_hidden, common.open_model(path).policy))
 
 
-def prompt_rows(config: Config, pair: str) -> list[int]:
-    """The seeds' statements: those whose usual answer the training works against, in order."""
-    records = load_questions(config)
-    usual = " No" if meanings_of(pair)[0] == "affirm" else " Yes"
-    rows = [i for i, s in enumerate(records) if s.answer == usual]
-    if len(rows) == 500:  # the persona file: the paper's own prompts
-        order = np.array(PAPER_PROMPTS)
-    else:
-        order = np.random.default_rng(config.seed).permutation(len(rows))
-    if config.prompts > len(order):
-        raise ValueError(f"prompts: got {config.prompts}, expected at most {len(order)}")
-    return [rows[i] for i in order[: config.prompts]]
+def train_cell(
+    config: Config, cell: Cell, folder: Path | None = None, margin: float = 0.0
+) -> dict[str, np.ndarray]:
+    """One run from its supervised start: what theory says, then what happens; arrays by name.
 
-
-def _prompt(config: Config, cell: Cell, params) -> tuple[Prompt, int]:
-    """The question of this seed, and its row."""
-    tokenizer, records = tokenizer_of(config), load_questions(config)
-    row = prompt_rows(config, cell.pair)[cell.prompt]
-    tokens, length = map(jnp.asarray, _padded([records[row].question], tokenizer, multiple=8))
-    answers = jnp.array([answer_ids(cell.pair, tokenizer)], jnp.int32)
-    empty = Prompt(tokens, length, jnp.zeros(()), answers, jnp.zeros(()))
-    return empty._replace(hidden=_reader(config.model)(params, empty)), row
-
-
-def train_cell(config: Config, cell: Cell, folder: Path | None = None) -> dict[str, np.ndarray]:
-    """One run from its supervised start: what theory says, then what happens.
-
-    Returns:
-        Arrays by name. Axis ``steps`` is ``updates + 1``: before each update, and after the last.
+    Axis ``steps`` is ``updates + 1``: before each update, and after the last. From a loss that is
+    not finite on they are NaN. A control has to gain this `margin`, nats.
     """
-    policy, tokenizer = load_model(config.model).policy, tokenizer_of(config)
+    policy, _, tokenizer, _ = common.open_model(config.model)
     params = supervised(config, cell.sft_steps, folder)
-    prompt, row = _prompt(config, cell, params)
-    chosen, rejected = answer_ids(cell.pair, tokenizer)
-    fixed = config.beta, config.tau, config.decay
-    update, logp, foreseen = _compiled(config.model, cell.train, cell.loss, *fixed)
-    rate = cell.learning_rate * (0.1 if cell.loss == "ipo" else 1.0)
-    optimizer = _rmsprop(config.decay, rate)
+    row = protocol.prompt_rows(config, cell.pair)[cell.prompt]
+    asked = _padded([protocol.load_questions(config)[row].question], tokenizer, multiple=8)
+    words = protocol.answer_ids(cell.pair, tokenizer)
+    tokens, length = map(jnp.asarray, asked)
+    prompt = Prompt(tokens, length, jnp.array([words], jnp.int32))
+    prompt = prompt._replace(hidden=_reader(config.model)(params, prompt))
+    unembedding, hidden = policy.unembedding(params), prompt.hidden[0]
+    direction, terms, geometry = _closed_forms(unembedding, hidden, *words)
+    loss = _loss(cell.loss, config.beta, config.tau)
+    update, logp, foreseen = _compiled(config.model, cell.train, loss, config.decay)
 
     # The reference is the start itself, through the same code path: the first log-ratios are zero.
-    theta = _trained(cell.train, policy, params, prompt.hidden)
-    start = jnp.take_along_axis(logp(theta, prompt), prompt.answers, axis=1)
-    prompt = prompt._replace(reference=start)
-    unembedding = policy.unembedding(params)
-    predicted = foreseen(theta, prompt, jnp.float32(rate))
-    closed = _closed_forms(unembedding, prompt.hidden[0], chosen, rejected)
-    predicted["direction"], terms, geometry = closed
+    theta, prompt = _trained(cell.train, policy, params, prompt)
+    prompt = prompt._replace(reference=of_answers(logp(theta, prompt), prompt))
+    rate = cell.learning_rate * (0.1 if cell.loss == "ipo" else 1.0)
+    if cell.train != "all":
+        rate = control.matched_rate(loss, config.updates, config.decay, prompt.hidden[0], margin)
+    predicted = foreseen(theta, prompt, jnp.float32(rate)) | {"direction": direction}
 
-    state = step.init_state(theta, optimizer, key=jax.random.key(0))
+    state = step.init_state(theta, _rmsprop(config.decay, rate), key=jax.random.key(0))
     losses_, every = [], []
     alone = multiprocessing.parent_process() is None
     for _ in tqdm(range(config.updates + 1), "updates", leave=False, disable=not alone):
         # The last of them is thrown away: only its scores, taken before it, are wanted.
-        state, metrics, scores = update(state, prompt)
+        state, metrics, logps = update(state, prompt)
         losses_.append(float(metrics["loss"]))
-        if not np.isfinite(losses_[-1]):
-            raise ValueError(f"{cell}: the loss is {losses_[-1]} at update {len(losses_) - 1}")
-        every.append(np.asarray(scores.every[0]))
-    return {
-        "row": np.array(row),
-        "loss": np.array(losses_),
-        "rate_terms": np.array(terms),
-        "geometry": np.array(geometry),
-        **_what_happened(np.stack(every), cell, jax.device_get(predicted), tokenizer),
-    }
+        known = np.isfinite(losses_[-1])
+        every.append(np.where(known, logps[0], np.float32(np.nan)))
+    what = {"row": row, "rate": rate, "loss": losses_, "rate_terms": terms, "geometry": geometry}
+    happened = _what_happened(config, np.stack(every), cell, jax.device_get(predicted), tokenizer)
+    return {name: np.array(value) for name, value in what.items()} | happened
 
 
 def _predictions(
-    logp_of: Callable, score: Callable, margin: Callable, decay: float,
-    theta: Any, prompt: Prompt, rate: jax.Array,
-) -> dict[str, jax.Array]:  # fmt: skip
+    logp: Callable, loss: Callable, decay: float, theta: Any, prompt: Prompt, rate: jax.Array
+) -> dict[str, jax.Array]:
     """First-order change of every token's log-probability."""
 
     def push(tangent: Any) -> jax.Array:
-        return gradients.directional(lambda p: logp_of(p, prompt)[0], theta, tangent)[1]
+        return gradients.directional(lambda p: logp(p, prompt)[0], theta, tangent)[1]
 
-    gradient = jax.grad(lambda p: margin(score(p, prompt), prompt).sum())(theta)
+    gradient = jax.grad(lambda p: loss(logp(p, prompt), prompt).sum())(theta)
     optimizer = _rmsprop(decay, rate)
     first_update, _ = optimizer.update(gradient, optimizer.init(theta), theta)
     return {"flow": push(jax.tree.map(jnp.negative, gradient)), "update": push(first_update)}
@@ -277,11 +213,9 @@ def _predictions(
 def _closed_forms(unembedding: jax.Array, hidden: jax.Array, chosen: int, rejected: int):
     """From the unembedding and the state alone: the direction, the rate's terms, its geometry."""
     words = {"chosen": chosen, "rejected": rejected}
-    return (
-        embeddings.unembedding_direction(unembedding, **words),
-        embeddings.chosen_terms(unembedding, hidden, **words),
-        embeddings.direction_geometry(unembedding, **words),
-    )
+    terms = embeddings.chosen_terms(unembedding, hidden, **words)
+    geometry = embeddings.direction_geometry(unembedding, **words)
+    return embeddings.unembedding_direction(unembedding, **words), terms, geometry
 
 
 _spearman = jax.jit(diagnostics.spearman)
@@ -289,59 +223,52 @@ _share_of_gain = jax.jit(diagnostics.share_of_gain)
 
 
 def _what_happened(
-    logp: np.ndarray, cell: Cell, predicted: Mapping[str, np.ndarray], tokenizer
+    config: Config, logp: np.ndarray, cell: Cell, predicted: Mapping[str, np.ndarray], tokenizer
 ) -> dict[str, np.ndarray]:
     """The essentials of the distributions ``logp [steps vocab]`` of one run."""
-    p, pair = np.exp(logp), list(answer_ids(cell.pair, tokenizer))
-    meanings, (same, opposite) = meaning_ids(tokenizer), meanings_of(cell.pair)
-    last = len(p) - 1
-    looks, gains = ([k for k in steps if k <= last] for steps in (LOOKS, GAINS))
-    members = {
-        side: [t for t in meanings.get(meaning or "", []) if t not in pair]
-        for side, meaning in (("same", same), ("opposite", opposite))
-    }
+    p, pair = np.exp(logp), list(protocol.answer_ids(cell.pair, tokenizer))
+    meanings = protocol.meaning_ids(tokenizer)
+    looks, gains = [k for k in LOOKS if k <= config.updates], protocol.gains_after(config)
+    sides = zip(("same", "opposite"), protocol.meanings_of(cell.pair), strict=True)
+    members = {side: [t for t in meanings.get(meaning or "", []) if t not in pair]
+               for side, meaning in sides}  # fmt: skip
     share = [
-        _share_of_gain(p[0], p[k], np.isin(np.arange(p.shape[1]), members[side]))
-        for side in ("same", "opposite")
-        for k in gains
+        [_share_of_gain(p[0], p[k], np.isin(np.arange(p.shape[1]), ids)) for k in gains]
+        for ids in members.values()
     ]
     others = np.setdiff1d(np.arange(p.shape[1]), pair)
     likely = others[np.argsort(-p[0, others], kind="stable")[:LIKELY]]
     agreement = [
-        _spearman(predicted[name][ids], (logp[k] - logp[0])[ids])
-        for name in PREDICTIONS
-        for k in looks
-        for ids in (others, likely)
-    ]
-    top = [np.argsort(p[0] - p[k], kind="stable")[:3] for k in gains]
-    top = np.array(top, np.int64).reshape(-1, 3)  # in a run of under five updates: none
+        [[_spearman(predicted[name][t], (logp[k] - logp[0])[t]) for t in (others, likely)]
+         for k in looks] for name in PREDICTIONS
+    ]  # fmt: skip
+    top = np.stack([np.argsort(p[0] - p[k], kind="stable")[:3] for k in gains])
     return {
         "logp": logp[:, pair],
         "entropy": -(p * logp).sum(axis=1),
         "top": p.argmax(axis=1),
         "watched": p[:, [t for ids in meanings.values() for t in ids]],
         "mass": np.stack([p[:, ids].sum(axis=1) for ids in members.values()], axis=1),
-        "share": np.array(share).reshape(2, len(gains)),
+        "share": np.array(share),
         "gained_token": top,
         "gained": np.take_along_axis(p[gains] - p[0], top, axis=1),
-        "spearman": np.array(agreement).reshape(len(PREDICTIONS), len(looks), 2),
+        "spearman": np.array(agreement),
         "shown_token": likely,
         "shown_predicted": np.stack([predicted[name][likely] for name in PREDICTIONS]),
         "shown_change": (logp[looks] - logp[0])[:, likely],
     }
 
 
-def kept_cell(config: Config, cell: Cell, folder: Path | None) -> dict[str, np.ndarray]:
-    """The record of a run: read if `folder` has it, else made and kept there."""
-    file = folder / "cells" / cell.file if folder else None
-    if file and file.exists():
-        with np.load(file) as arrays:
-            return dict(arrays)
-    record = train_cell(config, cell, folder)
-    if file:
-        file.parent.mkdir(exist_ok=True)
-        runs.save_arrays(file, record)
-    return record
+def _setting(config: Config, whole: Cell, folder: Path | None) -> list[dict[str, np.ndarray]]:
+    """The records of the whole model and of its controls, read if `folder` has them."""
+
+    def kept(cell: Cell, margin: float = 0.0) -> dict[str, np.ndarray]:
+        make = functools.partial(train_cell, config, cell, folder, margin)
+        return common.kept(folder, cell.part, make)
+
+    first = kept(whole)
+    margin = float(np.subtract(*(first["logp"][-1] - first["logp"][0])))
+    return [first if t == "all" else kept(whole._replace(train=t), margin) for t in config.train]
 
 
 def _pin(free: multiprocessing.Queue) -> None:
@@ -350,43 +277,31 @@ def _pin(free: multiprocessing.Queue) -> None:
         os.sched_setaffinity(0, free.get())
 
 
-def run(config: Config, folder: Path | None = None, *, workers: int = 1) -> dict[str, np.ndarray]:
-    """Measures every cell.
-
-    Args:
-        config: What to run.
-        folder: Where finished cells are kept and read back; nothing is written without it.
-        workers: Processes that share the cells, each with cores of its own.
-
-    Returns:
-        Arrays by name with a leading axis ``cells`` in the order of `cells(config)`.
-    """
-    todo = cells(config)
-    bar = tqdm(total=len(todo), desc="runs", unit="run")
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Callable]:
+    """The `map` of so many processes."""
     if workers == 1:
-        records = []
-        for cell in todo:
-            supervised(config, cell.sft_steps, folder)
-            bar.set_description(f"{cell.pair} {cell.train} {cell.prompt + 1}/{config.prompts}")
-            records.append(kept_cell(config, cell, folder))
-            bar.update()
-    else:
-        records = _in_parallel(config, todo, folder, workers, bar)
-    bar.close()
-    return {name: np.stack([record[name] for record in records]) for name in records[0]}
-
-
-def _in_parallel(config: Config, todo, folder, workers: int, bar) -> list[dict[str, np.ndarray]]:
-    for steps in sorted(set(config.sft_steps)):  # with all cores, before they are shared out
-        supervised(config, steps, folder)
+        yield map
+        return
     context = multiprocessing.get_context("spawn")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
     free = context.Queue()
     for i in range(workers):
         free.put(set(cores[i::workers]) or set(cores))
     with concurrent.futures.ProcessPoolExecutor(workers, context, _pin, (free,)) as pool:
-        futures = [pool.submit(kept_cell, config, cell, folder) for cell in todo]
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-            bar.update()
-    return [future.result() for future in futures]
+        yield pool.map
+
+
+def run(config: Config, folder: Path | None = None, *, workers: int = 1) -> dict[str, np.ndarray]:
+    """Measures every cell: arrays by name, their first axis in the order of `protocol.cells`.
+
+    With a `folder` finished cells are kept there and read back. `workers` are processes that share
+    the settings, each with cores of its own.
+    """
+    for steps in sorted(set(config.sft_steps)):  # with all cores, before they are shared out
+        supervised(config, steps, folder)
+    todo = protocol.cells(dataclasses.replace(config, train=("all",)))
+    with _pool(workers) as each:
+        groups = each(functools.partial(_setting, config, folder=folder), todo)
+        records = [record for group in tqdm(groups, "settings", len(todo)) for record in group]
+    return {name: np.stack([record[name] for record in records]) for name in records[0]}
