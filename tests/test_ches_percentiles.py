@@ -1,30 +1,42 @@
 """`experiments.ches_percentiles` on a tiny model: its subsets, changes, resume, command line."""
 
 import dataclasses
-import functools
-import gzip
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import smoke
+from scipy import stats
+from test_protocol import written
 
 from experiments import ches_percentiles as lab
-from experiments.ches_percentiles import measure, protocol, summary
-from jaxpref import losses
-from jaxpref.data import batches
-from jaxpref.data.files import DataError
+from experiments.ches_percentiles import measure, protocol
+from experiments.ches_percentiles.report import ordered
+from experiments.protocol import arms
 
-RATE = 1e-4
+WORDS = ("tea", "milk", "rain today", "snow", "fish and bread", "salt", "the wind", "wood", "iron",
+         "a very long walk")  # fmt: skip
+
+
+NOTHING = arms.Programs(None, None, (), None, frozenset())  # where all is read from a folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_optax_needs_it():
+    """optax's Adam mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="module")
 def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed."""
     cwd = tmp_path_factory.mktemp("made")
-    config = dataclasses.replace(lab.SMOKE, model=str(tiny_model), rate=RATE)
+    config = dataclasses.replace(
+        lab.SMOKE, model=str(tiny_model), data=written(cwd, WORDS), rate=1e-3, supervised_rate=1e-3,
+        losses=("dpo", "ipo"), limit=40,
+    )  # fmt: skip
     return config, *smoke.command(lab, config, cwd)
 
 
@@ -34,28 +46,36 @@ def arrays(made):
 
 
 @pytest.fixture(scope="module")
-def loaded(made):
-    return protocol.load(made[0])
+def begun(made):
+    """Seed 1 as the run began it, from its folder."""
+    config, folder, _ = made
+    subject, pairs = protocol.load(config)
+    identity = arms.identity_of(config, protocol.hashes(config))
+    return arms.begin(config, NOTHING, pairs, subject.params, 1, folder, identity)
 
 
 def test_a_run_leaves_everything_behind(made, arrays):
     config, folder, printed = made
-    assert arrays["scores"].shape == (1, 4, 10)
-    assert arrays["rows"].shape == (1, 4, 2, 4)
-    assert arrays["change"].shape == (1, 2, 4, 2, 4, 2)
+    assert arrays["scores"].shape == (2, 3, 6)
+    assert arrays["places"].shape == (2, 3, 2, 4)
+    for arm in ("dpo", "ipo", "coin", "sft"):
+        assert arrays[f"{arm}_change"].shape == (2, 3, 2, 1, 6, 2)
     assert all(np.isfinite(array).all() for array in arrays.values())
-    assert len(json.loads((folder / "summary.json").read_text())["rows"]) == 2 * 4
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2 * 4 * 2
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    count = {name: sum(r["table"] == name for r in rows)
+             for name in ("changes", "courses", "correlations")}  # fmt: skip
+    assert count == {"changes": 3 * 2 * 4 * 2, "courses": 2 * 3 * 2, "correlations": 3 * 4}
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
 
 
 def test_subsets_are_at_the_ends_of_their_scores(arrays):
-    """The four lowest scores of ten, and the four highest, in rising order of place."""
-    for scores, rows in zip(arrays["scores"][0], arrays["rows"][0], strict=True):
-        for places, best in zip(rows, (scores, -scores), strict=True):
-            assert places.tolist() == sorted(places)
-            assert sorted(best[places]) == sorted(best)[:4]
+    """The four lowest scores of six, and the four highest, in rising order of place."""
+    for scores, places in zip(arrays["scores"].reshape(-1, 6), arrays["places"].reshape(-1, 2, 4),
+                              strict=True):  # fmt: skip
+        for subset, best in zip(places, (scores, -scores), strict=True):
+            assert subset.tolist() == sorted(subset)
+            assert sorted(best[subset]) == sorted(best)[:4]
 
 
 @pytest.mark.parametrize(
@@ -73,163 +93,151 @@ def test_equal_scores_rank_by_place():
     assert lab.quantile_slice(np.zeros(3), 100, 3).tolist() == [0, 1, 2]
 
 
-def test_lengths_and_scores_are_of_the_pairs_of_the_pool(arrays, loaded):
-    config_names = lab.SMOKE.scores
-    pairs = [loaded.encoded[row] for row in arrays["pool"][0]]
-    lengths = [[len(t) - s for t, s in zip(*p[:2], strict=True)] for p in pairs]
-    np.testing.assert_array_equal(arrays["lengths"][0], lengths)
-    by = dict(zip(config_names, arrays["scores"][0], strict=True))
-    np.testing.assert_array_equal(by["length_difference"], [n - m for m, n in lengths])
-    policy, params = loaded.subject[:2]
-    sums = []
-    for row in arrays["pool"][0]:
-        tokens, _, scored = (x[row] for x in loaded.problem.arrays)
-        states = np.asarray(jax.jit(policy.hidden)(params, tokens[:, :-1]))
-        sums.append([h[at[1:]].sum(axis=0) for h, at in zip(states, scored, strict=True)])
-    for found, (w, l) in zip(by["ches"], sums, strict=True):
+def test_scores_are_those_of_the_supervised_start(arrays, begun):
+    """CHES of each pair by itself, all hidden states of each sequence."""
+    states = jax.jit(begun.pairs.policy.hidden)
+    for row, found in zip(arrays["pool"][1], arrays["scores"][1, 0], strict=True):
+        pair = begun.pairs.pairs[row]
+        w, l = (np.asarray(states(begun.params, ids[None, :-1]))[0, start - 1 :].sum(axis=0)
+                for ids, start in zip(pair.tokens, pair.starts, strict=True))  # fmt: skip
         np.testing.assert_allclose(found, w @ l - w @ w, rtol=0, atol=1e-5 * (w @ w))
 
 
-@pytest.mark.parametrize(("loss", "at"), [("dpo", 0), ("ipo", 1)])
-def test_changes_are_those_of_a_naive_training(made, arrays, loaded, loss, at):
-    """Each response encoded apart, all logits, RMSprop written out; two updates of two pairs."""
-    config = made[0]
-    policy, params = loaded.subject[:2]
-    rows = arrays["pool"][0][arrays["rows"][0, 0, at]]
-    tokens, _, scored = (jnp.asarray(x[rows]) for x in loaded.problem.arrays)
-    margin_loss = {"dpo": functools.partial(losses.dpo, beta=0.1),
-                   "ipo": functools.partial(losses.ipo, tau=0.01)}[loss]  # fmt: skip
-
-    def logp(params, index):
-        flat = tokens[index].reshape(2 * len(index), -1)
-        logits = policy.hidden(params, flat[:, :-1]) @ policy.unembedding(params).T
-        each = jnp.take_along_axis(jax.nn.log_softmax(logits), flat[:, 1:, None], axis=2)
-        each = each[..., 0].reshape(len(index), 2, -1)
-        return jnp.where(scored[index][..., 1:], each, jnp.zeros_like(each)).sum(axis=2)
-
-    @jax.jit
-    def update(params, square, index, reference):
-        def mean_loss(params):
-            return margin_loss(logp(params, index), reference).mean()
-
-        gradient = jax.grad(mean_loss)(params)
-        square = jax.tree.map(lambda v, g: 0.99 * v + 0.01 * g * g, square, gradient)
-        move = [params, gradient, square]
-        return jax.tree.map(lambda p, g, v: p - RATE * g / (jnp.sqrt(v) + 1e-8), *move), square
-
-    every = jnp.arange(4)
-    start = jax.jit(logp)(params, every)
-    moving, square = params, jax.tree.map(jnp.zeros_like, params)
-    for number in range(2):
-        index = jnp.asarray(batches.order(4, 2, 0, number))
-        moving, square = update(moving, square, index, start[index])
-    expected = np.asarray(jax.jit(logp)(moving, every) - start)
-    found = arrays["change"][0, config.losses.index(loss), 0, at]
-    assert np.abs(expected).min() > 1e-3  # far above rounding
-    # RMSprop's first step is the gradient's sign: rounding flips that of the smallest entries.
-    np.testing.assert_allclose(found, expected, rtol=0.01, atol=1e-3)
-
-
-def test_points_are_one_a_pair(arrays, made):
-    """By a dictionary: a pair that several trainings share has the mean of its changes."""
-    config = made[0]
-    for own in (True, False):
-        expected: dict[int, list[float]] = {}
-        for j in range(len(config.scores)):
-            for k in range(2 if j == 0 or not own else 0):
-                for i, place in enumerate(arrays["rows"][0, j, k]):
-                    pair = arrays["pool"][0, place]
-                    expected.setdefault(pair, []).append(arrays["change"][0, 1, j, k, i, 0])
-        found = summary.points(config, arrays, "ipo", "ches", own=own)
-        want = [np.mean(expected[pair]) for pair in sorted(expected)]
-        np.testing.assert_allclose(found["sum"], want, rtol=1e-6)
-        np.testing.assert_allclose(found["token"], want / found["chosen"], rtol=1e-6)
-        where = {pair: i for i, pair in enumerate(arrays["pool"][0])}
-        scores = [arrays["scores"][0, 0, where[pair]] for pair in sorted(expected)]
-        np.testing.assert_array_equal(found["score"], scores)
-
-
-def test_the_verdict_follows_the_numbers(made, arrays):
-    """Changes that fall with the score, then that rise with it, without any training."""
-    config = dataclasses.replace(made[0], scores=("ches", "random"), losses=("dpo",))
-    some = {name: arrays[name][:, [0, 3]] for name in ("scores", "rows")}
-    some |= {name: arrays[name] for name in ("pool", "lengths", "start", "left_out")}
-    told = []
-    for sign in (-1, 1):
-        values = summary._of_rows(some, some["scores"][:, 0])  # of CHES, in all subsets
-        middle = np.median(some["scores"][0, 0])
-        change = np.stack([sign * (values - middle), values * 0], axis=-1)[:, None]
-        rows = lab.summarise(config, some | {"change": change})
-        assert rows[0]["all"]["sum"]["spearman"] == pytest.approx(sign)
-        told.append(lab.report(config, rows))
-    assert "one down: it holds here" in told[0]
-    assert "better than chance over the pairs of all subsets: CHES" in told[0]
-    assert "one down: not the whole of it here" in told[1]
-    assert "CHES and sums: +1.00 (+1.00 to +1.00)" in told[1]
-    assert told[1].count("it did not order them to begin with") >= 1
+def test_each_subset_is_trained_on_once_from_the_one_start(made, arrays, begun):
+    config, _, _ = made
+    assert protocol.looks(config) == [2]
+    pool, unseen = begun.parts.preference, begun.parts.unseen
+    np.testing.assert_array_equal(arrays["pool"][1], pool)
+    for i, j in np.ndindex(3, 2):
+        subset = pool[arrays["places"][1, i, j]]
+        np.testing.assert_array_equal(arrays["rows"][1, i, j], [*subset[:3], *unseen])
+        for name in protocol.names(config):
+            index = arrays[f"{name}_index"][1, i, j]
+            assert sorted(index.ravel()) == sorted(subset)
+            start = begun.pairs.known[index[0]]
+            np.testing.assert_allclose(arrays[f"{name}_seen"][1, i, j, 0], start, atol=1e-3)
+    np.testing.assert_array_equal(arrays["logp"][1], begun.pairs.known[arrays["rows"][1]])
+    np.testing.assert_array_equal(arrays["lengths"][1], begun.pairs.lengths[arrays["rows"][1]])
+    # Supervision raises what it shows; the losses go other ways.
+    assert (arrays["sft_change"][..., :3, 0] > 0).mean() > 0.9
+    for name in ("coin", "sft"):
+        assert np.abs(arrays[f"{name}_change"] - arrays["dpo_change"]).max() > 0.1
+    for name, pull in (("dpo", 0.05), ("ipo", 10)):
+        first = arrays[f"{name}_pull"][..., 0, :, :]
+        np.testing.assert_allclose(first, np.full_like(first, pull) * [-1, 1], rtol=1e-5)
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
     config, folder, *_ = made
-    lost = ("0_dpo_ches_100", "0_ipo_random_0")
+    lost = ("0_0_dpo", "1_2_ipo")
     smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
 
 
-def test_a_subset_of_two_scores_is_trained_once(made, arrays, loaded, monkeypatch):
+def test_a_subset_of_two_scores_is_trained_once(made, arrays, begun, monkeypatch):
     config, trained = made[0], []
 
-    def fake(config, seed, loss, rows, *rest):
-        trained.append((loss, tuple(rows)))
-        return np.full((len(rows), 2), len(trained), float)
+    def fake(config, run, begun, arm, *, name, looks):
+        trained.append((name, tuple(begun.parts.preference)))
+        assert (begun.parts.unseen == parts.unseen).all()
+        return {"change": np.full((1, 6, 2), float(len(trained)))}
 
-    monkeypatch.setattr(measure, "train", fake)
-    drawn = {name: arrays[name][0] for name in ("pool", "start")}
-    one = np.arange(10.0)
-    drawn["scores"] = np.stack([one, one, np.roll(one, 3), one])
-    found = measure.trainings(config, 0, drawn, loaded, measure.Programs(None, None), None)
-    assert len(trained) == len(set(trained)) == 8
-    np.testing.assert_array_equal(found["change"][:, 0], found["change"][:, 1])
-    np.testing.assert_array_equal(found["change"][:, 0], found["change"][:, 3])
+    parts = begun.parts
+    monkeypatch.setattr(arms, "follow", fake)
+    drawn = {"pool": arrays["pool"][1], "places": arrays["places"][1].copy()}
+    drawn["places"][:] = [[0, 1, 2, 3], [2, 3, 4, 5]]
+    drawn["places"][1, 0] = [0, 1, 2, 5]
+    found = measure.trainings(config, NOTHING, lambda: begun, drawn, 1, None)
+    assert len(trained) == len(set(trained)) == 4 * 3
+    np.testing.assert_array_equal(found["dpo_change"][0], found["dpo_change"][2])
+    assert (found["dpo_change"][1, 0] != found["dpo_change"][0, 0]).all()
+    assert (found["ipo_change"] != found["dpo_change"]).all()
 
 
-def test_pairs_that_do_not_fit_are_counted(tiny_model, tmp_path, capsys):
-    """Of four rows one has the same response twice, and one is too long."""
-    rows = [
-        {"prompt": "Is it late?", "chosen": " No.", "rejected": " Never."},
-        {"prompt": "Is it late?", "chosen": " Yes.", "rejected": " Yes."},
-        {"prompt": "Is it late? " * 9, "chosen": " No.", "rejected": " Maybe."},
-        {"prompt": "Is it early?", "chosen": " No.", "rejected": " Yes, it is."},
-    ]
-    file = tmp_path / "pairs.jsonl.gz"
-    with gzip.open(file, "wt") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+def a_world(dpo, sft=lambda score, trained: 1.0, scores=("ches", "random")):
+    """Two seeds of six pairs in thirds; changes are functions of a pair's score and its set."""
     config = dataclasses.replace(
-        lab.SMOKE, model=str(tiny_model), data=str(file), bad="skip", limit=16, pairs=2, subset=2
+        lab.SMOKE, scores=scores, percentiles=(0, 50, 100), subset=2, trained=2, resamples=400
     )
-    found = protocol.load(config)
-    assert found.left_out == {"unusable": 1, "too_long": 1}
-    assert len(found.encoded) == 2
-    (skipped,) = protocol.hashes(config)["skipped"]
-    assert skipped.startswith("pairs.jsonl.gz, line 2: ")  # and no folder
-    with pytest.raises(DataError, match="line 2"):
-        protocol.load(dataclasses.replace(config, bad="error"))
-    measure._tell(found)
-    told = capsys.readouterr().err
-    assert told == "2 pairs; left out: 1 that cannot be used, 1 too long\n"
+    values = np.stack([np.arange(6.0), np.array([3.0, 1.0, 4.0, 0.0, 5.0, 2.0])])
+    places = np.array([[lab.quantile_slice(x, at, 2) for at in (0, 50, 100)] for x in values])
+    twice = lambda x: np.stack([x, x])  # noqa: E731
+    # The first score of the pairs, wherever they are: the second one orders nothing.
+    at = np.concatenate([values[0][places], np.tile(values[0][places].mean(-1)[..., None], 3)], -1)
+    arrays = {
+        "scores": twice(values),
+        "places": twice(places),
+        "lengths": np.full((2, 2, 3, 5, 2), 4),
+    }
+    arrays["lengths"][..., 1] = 4 + (np.arange(5) % 3)
+    trained = np.arange(5) < 2
+    for name, of in {"dpo": dpo, "coin": lambda score, trained: 1.0, "sft": sft}.items():
+        change = np.vectorize(of)(at, trained).astype(float)
+        arrays[f"{name}_change"] = twice(np.stack([change] * 2, axis=-1)[:, :, None])
+        arrays[f"{name}_diverged"] = np.full((2, 2, 3), -1)
+    return config, arrays
+
+
+def test_the_verdict_of_a_world_where_ches_orders_what_is_trained():
+    """Trained responses fall by their score, unseen ones always by one."""
+    config, arrays = a_world(lambda score, trained: 1.0 - score if trained else -1.0)
+    rows = lab.summarise(config, arrays)
+    course = next(r for r in rows if (r["table"], r["score"], r["set"])
+                  == ("courses", "ches", "trained"))  # fmt: skip
+    assert course["means"] == [0.5, -0.5, -3.5]
+    assert course["drop"] == course["beyond_coin"] == course["beyond_sft"] == -4.0
+    assert (course["falls"], course["falls_seeds"]) == (True, 2)
+    found = {(r["score"], r["arm"]): r for r in rows if r["table"] == "correlations"}
+    assert found["ches", "dpo"]["all"] == pytest.approx(-1)
+    assert np.isnan(found["ches", "sft"]["all"])
+    at, (ches, random) = arrays["places"][0, 1].ravel(), arrays["scores"][0]
+    expected = stats.spearmanr(random[at], -ches[at])[0]
+    assert found["random", "dpo"]["all"] == pytest.approx(expected)
+    trained, unseen = lab.report(config, rows).split("\n\n")[-2:]
+    assert "dpo, trained pairs: chosen responses are displaced" in trained
+    assert "by 2 of 6 subsets (CHES 100, random 100)" in trained
+    assert "both controls: CHES. That training on high CHES" in trained
+    assert "most holds here: -3.50 (" in trained
+    assert "by 6 of 6 subsets" in unseen
+    assert "both controls: none." in unseen
+    assert "most does not hold here: -1.00 (-1.00 to -1.00) nats" in unseen
+
+
+def test_what_a_control_does_too_is_no_claim_that_held():
+    falls = lambda score, trained: 2.0 - score  # noqa: E731
+    config, arrays = a_world(falls, falls)
+    rows = lab.summarise(config, arrays)
+    courses = [r for r in rows if r["table"] == "courses" and r["score"] == "ches"]
+    assert all(r["falls"] and r["drop"] == -4.0 and r["beyond_sft"] == 0.0 for r in courses)
+    assert not any(ordered(config, r) for r in courses)
+    assert "displaced, below their start and both controls, by 0 of 6" in lab.report(config, rows)
+
+
+def test_a_diverged_arm_is_reported_and_the_run_goes_on():
+    config, arrays = a_world(lambda score, trained: -score)
+    arrays["dpo_diverged"][1, 0, 2] = 1
+    arrays["dpo_change"][1, 0, 2] = np.nan
+    rows = lab.summarise(config, arrays)
+    course = next(r for r in rows if r["table"] == "courses" and r["score"] == "ches")
+    assert not course["falls"]
+    assert course["falls_seeds"] == 1
+    assert not any(ordered(config, r) for r in rows if r["table"] == "courses")
+    assert "dpo, CHES 100 (1 diverged)" in lab.report(config, rows)
+    lab.draw(config, arrays)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("change", "said"),
     [
-        ({"pairs": 0}, "pairs: got 0, expected at least 1"),
-        ({"pairs": 97}, "pairs: got 97, expected 16 to 96, the pairs that fit 96 tokens"),
-        ({"subset": 10}, "batch: got 4, expected a divisor of 10 pairs"),
-        ({"rate": 0.0}, "rate: got 0.0, expected a number above 0"),
+        ({"subset": 8}, "subset: got 8, expected at most 6"),
+        ({"trained": 5}, "trained: got 5, expected at most 4"),
+        ({"batch": 3}, "batch: got 3, expected a divisor of 4 pairs"),
         ({"scores": ("chess",)}, r"scores: got \('chess',\), expected some of ches, "),
-        ({"losses": ("dpo", "dpo")}, "losses: got .* once each"),
-        ({"percentiles": (50, 0)}, r"percentiles: got \(50, 0\), expected rising numbers"),
+        ({"losses": ("dpo", "dpo")}, "losses: got .* once and no control"),
+        ({"losses": ("confpo",)}, "confpo, which reads single tokens"),
+        ({"percentiles": (50, 0)}, r"percentiles: got \(50, 0\), expected two or more"),
+        ({"epochs": 0}, "epochs: got 0, expected at least 1"),
     ],
 )
-def test_bad_settings_are_named(tiny_model, settings, message):
-    with pytest.raises(ValueError, match=message):
-        protocol.load(dataclasses.replace(lab.Config(model=str(tiny_model)), **settings))
+def test_bad_settings_are_named(made, change, said):
+    with pytest.raises(ValueError, match=said):
+        lab.hashes(dataclasses.replace(made[0], **change))

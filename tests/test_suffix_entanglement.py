@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smoke
+from test_protocol import written
 
 import experiments.suffix_entanglement as lab
-from experiments.suffix_entanglement import measure, protocol, summary
-from jaxpref import logprobs, runs
+from experiments.protocol import arms
+from experiments.protocol.arms import ARMS
+from experiments.suffix_entanglement import measure, protocol
+from experiments.suffix_entanglement.report import CASES
+from jaxpref import runs
 from jaxpref.data.files import DataError
+from jaxpref.data.pairs import TokenPair
+from jaxpref.models import tabular
+from jaxpref.training.pairset import PairSet
 
-ROWS = [
-    {"prompt": f"{n} is", "chosen": chosen, "rejected": rejected}
-    for n, (chosen, rejected) in enumerate([(" odd", " even"), (" a b", " a"), (" x", " y z")] * 2)
-]
-COUNTS = {"updates": 3, "every": 2, "batch": 2, "pairs": 2, "probes": 3}
+SETS = ("single", "short", "data")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,247 +31,182 @@ def as_optax_needs_it():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once():
-    """Programs depend on nothing but the settings and the shapes: runs of this file share them."""
-    kept, make = {}, measure.programs
-
-    def programs(config, policy, problem):
-        key = (config, problem.digest)
-        if key not in kept:
-            kept[key] = make(config, policy, problem)
-        return kept[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "programs", programs)
-        yield
-
-
 @pytest.fixture(scope="module")
 def made(tiny_model, tmp_path_factory):
-    """A finished run of the command: its settings, folder, arrays by part, what it printed."""
-    cwd = tmp_path_factory.mktemp("made")
-    file = cwd / "own.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    """A finished run of the command: its settings, folder and what it printed.
+
+    And what it trained with, by set: programs, and the start of the one seed.
+    """
+    cwd, kept = tmp_path_factory.mktemp("made"), {"programs": [], "begin": []}
     config = dataclasses.replace(
-        lab.SMOKE, **COUNTS, model=str(tiny_model), data=str(file), sets=("single", "short"),
-        train=("all", "last"), optimizer="rmsprop", learning_rate=1e-4,
+        lab.SMOKE, model=str(tiny_model), data=written(cwd), sets=("short", "single"), rate=1e-3,
+        supervised_rate=1e-3,
     )  # fmt: skip
-    folder, printed = smoke.command(lab, config, cwd)
-    return config, folder, runs.load(folder).arrays, printed
+
+    def recorded(name):
+        make = getattr(arms, name)
+
+        def make_and_keep(*values):
+            kept[name].append(make(*values))
+            return kept[name][-1]
+
+        return make_and_keep
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in kept:
+            patch.setattr(arms, name, recorded(name))
+        folder, printed = smoke.command(lab, config, cwd)
+    trained = dict(zip(SETS, zip(kept["programs"], kept["begin"], strict=True), strict=True))
+    return config, folder, printed, trained
 
 
 @pytest.fixture(scope="module")
-def started(made):
-    """The model after the supervised phase on the short set, made anew."""
-    config = made[0]
-    subject, problem = protocol.load(config)
-    compiled = measure.programs(config, subject.policy, problem)
-    part = protocol.Part(0, "short", "all")
-    params = measure.supervised(config, part, problem, subject.params, compiled)
-    return subject.policy, problem, params, compiled, part
+def arrays(made):
+    return runs.load(made[1]).arrays
 
 
-def at(config, **settings):
-    """Index of the part with these settings."""
-    (found,) = (i for i, part in enumerate(lab.parts(config))
-                if all(getattr(part, k) == v for k, v in settings.items()))  # fmt: skip
-    return found
-
-
-def test_a_run_leaves_everything_behind(made):
-    config, folder, arrays, printed = made
-    assert lab.looks(config) == [0, 2, 3]
-    assert [part.set for part in lab.parts(config)[::2]] == ["single", "short", "data"]
-    assert arrays["logp"].shape == arrays["differing"].shape == (6, 3, 3, 2)
-    assert arrays["gram"].shape == arrays["last_gram"].shape == (6, 3, 3, 2, 2)
-    assert arrays["loss"].shape == (6, 3)
-    assert arrays["token_gram"].shape == (6, 2, 3, 2, 3)
+def test_a_run_leaves_everything_behind(made, arrays):
+    config, folder, printed, _ = made
+    assert protocol.looks(config) == [1, 2]
+    for text in SETS:
+        assert arrays[f"{text}_gram"].shape == (1, 2, 2, 2)
+        assert arrays[f"{text}_dpo_gram"].shape == (1, 2, 2, 2, 2)
+        for name in ARMS:
+            assert arrays[f"{text}_{name}_change"].shape == (1, 2, 5, 2)
+            assert arrays[f"{text}_{name}_differing"].shape == (1, 2, 5, 2)
     assert all(np.isfinite(array).all() for array in arrays.values())
-    rows = json.loads((folder / "summary.json").read_text())["rows"]
-    assert [row["set"] for row in rows] == ["single", "short", "data"] * 2
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 6 * 3
-    assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert len(json.loads((folder / "provenance.json").read_text())["data"]) == 3
 
 
-def test_the_probes_are_held_out_and_the_same_sentences_in_every_set(made):
-    config = made[0]
-    _, problem = protocol.load(config)
-    train, probes = protocol.rows_of(config, protocol.Part(0, "short", "all"))
-    assert (len(train), len(probes)) == (2, 3)
-    prompts = [
-        tuple(row[0][real[0] & ~scored[0]])
-        for row, real, scored in zip(*problem.batch[:3], strict=True)
-    ]
-    assert not {prompts[i] for i in probes} & {prompts[i] for i in train}
-    _, same = protocol.rows_of(config, protocol.Part(0, "single", "all"))
-    assert [prompts[i] for i in same] == [prompts[i] for i in probes]
+def test_all_sets_have_the_same_sentences_in_the_same_parts(made):
+    """And no text but what follows the label is another: they are compared pair by pair."""
+    _, one = made[3]["single"]
+    _, other = made[3]["short"]
+    for name in ("preference", "unseen"):
+        for a, b in zip(getattr(one.parts, name), getattr(other.parts, name), strict=True):
+            mine, same = one.pairs.pairs[a], other.pairs.pairs[b]
+            for short, longer in zip(mine.tokens, same.tokens, strict=True):
+                assert len(longer) > len(short)
+                np.testing.assert_array_equal(longer[: len(short)], short)
+    assert (one.pairs.lengths == 1).all()
 
 
-def test_the_first_look_is_two_plain_gradients(made, started):
-    config, _, arrays, _ = made
-    policy, problem, params, _, part = started
-    probe = protocol.rows_of(config, part)[1][1]
-    tokens, real, scored = (x[probe] for x in problem.arrays)
+def test_the_first_look_is_two_plain_gradients(made, arrays):
+    """Gram and differing token of one response at a time, by autodiff and no packing."""
+    config, *_, trained = made
+    _, begun = trained["short"]
+    policy = begun.pairs.policy
 
-    def logp(params, side):
-        n = int(real[side].sum())
-        hidden = policy.hidden(params, tokens[side][None, :n])[0]
-        logits = jax.nn.log_softmax(hidden @ policy.unembedding(params).T)
-        each = logits[jnp.arange(n - 1), tokens[side][1:n]]
-        return jnp.where(scored[side][1:n], each, 0).sum()
+    @jax.jit
+    def response(params, ids, begin):
+        def logp(params):
+            hidden = policy.hidden(params, ids[None])[0]
+            logits = jax.nn.log_softmax(hidden @ policy.unembedding(params).T)
+            token = logits[jnp.arange(len(ids) - 1), ids[1:]]
+            return jnp.where(jnp.arange(1, len(ids)) >= begin, token, 0).sum(), token
 
-    slope = jax.jit(jax.value_and_grad(logp), static_argnums=1)
-    values, slopes = zip(*(slope(params, side) for side in (0, 1)), strict=True)
-    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s)]) for s in slopes]
-    expected = np.array([[np.vdot(a.astype(float), b) for b in flat] for a in flat])
-    i = at(config, set="short", train="all")
-    # float32 throughout: its rounding, over some 40 tokens
-    np.testing.assert_allclose(arrays["gram"][i, 0, 1], expected, rtol=1e-4)
-    np.testing.assert_allclose(arrays["logp"][i, 0, 1], values, rtol=1e-5)
+        slope, token = jax.grad(logp, has_aux=True)(params)
+        return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(slope)]), token
 
-
-def test_one_token_and_the_last_layer_are_the_closed_form(made, started):
-    """Of a single token, ``H (|s|^2 - s_w - s_l)`` and its relatives: Case 1, whatever ``s``."""
-    config, _, arrays, _ = made
-    policy, problem, _, compiled, _ = started
-    part = protocol.Part(0, "single", "all")
-    params = measure.supervised(
-        config, part, problem, protocol.load(config)[0].params, compiled
-    )  # fmt: skip
-    probes = problem.rows(protocol.rows_of(config, part)[1])
-    found = compiled.responses(params, probes)
-    states = np.asarray(found.hidden)[:, 0, 0].astype(float)
-    s = np.asarray(jax.nn.softmax(states @ np.asarray(policy.unembedding(params)).T))
-    w, l = (s[np.arange(3), np.asarray(found.targets)[:, side, 0]] for side in (0, 1))
-    size, square = (states**2).sum(axis=-1), (s**2).sum(axis=-1)
-    i = at(config, set="single", train="all")
-    expected = [1 - 2 * w + square, square - w - l, 1 - 2 * l + square]
-    gram = arrays["last_gram"][i, 0]
-    entries = np.stack([gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]])
-    np.testing.assert_allclose(entries, size * np.stack(expected), rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(summary.regimes(config, arrays, "last_gram")[i], 0)
+    probes = arms.probes_of(config, begun.parts)
+    for place, row in enumerate(begun.parts.unseen[: config.grams]):
+        pair = begun.pairs.pairs[row]
+        found = [response(begun.params, ids, pair.starts[0]) for ids in pair.tokens]
+        slopes = [np.asarray(slope, float) for slope, _ in found]
+        expected = [[a @ b for b in slopes] for a in slopes]
+        np.testing.assert_allclose(arrays["short_gram"][0, place], expected, rtol=1e-4)
+        (at,) = np.flatnonzero(pair.tokens[0] != pair.tokens[1])
+        assert probes[config.trained + place] == row
+        word = arrays["short_differing"][0, config.trained + place]
+        np.testing.assert_allclose(word, [token[at - 1] for _, token in found], rtol=1e-4)
 
 
-def test_the_tokens_add_up_to_the_responses(made):
-    config, _, arrays, _ = made
-    for i in range(len(lab.parts(config))):
-        real = arrays["token_ids"][i] >= 0
-        tokens = arrays["token_gram"][i] * real[:, :, None, None] * real
-        np.testing.assert_allclose(tokens.sum(axis=(1, 3)), arrays["gram"][i, -1, 0], rtol=1e-3)
-
-
-def test_dpo_starts_at_the_reference_and_learns(made):
-    config, _, arrays, _ = made
-    np.testing.assert_allclose(arrays["loss"][:, 0], np.log(2), rtol=1e-6)
-    assert (np.diff(arrays["loss"][:, [0, -1]]) < 0).all()
-    whole, last = (at(config, set="short", train=name) for name in ("all", "last"))
-    np.testing.assert_allclose(arrays["logp"][whole, 0], arrays["logp"][last, 0], rtol=1e-5)
-    np.testing.assert_array_equal(arrays["gram"][last], arrays["last_gram"][last])
-    assert (arrays["gram"][whole] != arrays["last_gram"][whole]).all()
+def test_a_single_token_is_all_there_is(arrays):
+    for name in ARMS:
+        moved = {text: arrays[f"{text}_{name}_differing"] - arrays[f"{text}_differing"][:, None]
+                 for text in ("single", "short")}  # fmt: skip
+        np.testing.assert_allclose(moved["single"], arrays[f"single_{name}_change"], atol=1e-5)
+        assert np.abs(moved["short"] - arrays[f"short_{name}_change"]).max() > 1e-2
 
 
 def test_the_token_that_differs():
-    """In the second pair the first token is shared, in the third the rejected has ended."""
-    targets = jnp.array([[[5, 6], [7, 6]], [[5, 6], [5, 8]], [[5, 6], [5, 0]]])
-    real = jnp.array([[[1, 1]] * 2, [[1, 1]] * 2, [[1, 1], [1, 0]]], bool)
-    token = np.array([[[-1.0, -2.0], [-3, -4]]] * 2 + [[[-1, -2], [-3, 0]]])
-    none = jnp.zeros((3, 2))
-    responses = logprobs.Responses(jnp.zeros((3, 2, 2, 1)), targets, real, none.astype(int),
-                                   none > 0)  # fmt: skip
-    found = measure.differing(responses, token)
-    assert found.tolist() == [[-1, -3], [-2, -4], [-2, 0]]
-
-
-def test_a_single_token_is_all_there_is(made):
-    config, _, arrays, _ = made
-    single, short = (at(config, set=name, train="all") for name in ("single", "short"))
-    np.testing.assert_array_equal(arrays["logp"][single], arrays["differing"][single])
-    assert (arrays["logp"][short] < arrays["differing"][short]).all()
-
-
-def test_courses_by_hand():
-    config = dataclasses.replace(lab.SMOKE, sets=("single",), updates=1, probes=2)
-    falling, apart = [[1.0, 2.0], [2.0, 4.0]], [[1.0, -1.0], [-1.0, 4.0]]
-    gram = np.array([[[falling, apart], [apart, apart]]])
-    logp = np.array([[[[-1.0, -2.0], [-3.0, -4.0]]] * 2])
-    found = summary.courses(config, {"logp": logp, "differing": logp, "gram": gram,
-                                    "last_gram": gram})  # fmt: skip
-    assert found["both_down"].tolist() == [[0.5, 0.0]]
-    assert found["ideal"].tolist() == [[0.5, 1.0]]
-    assert found["cosine"].tolist() == [[0.25, -0.5]]
-    assert found["norm_rejected"].tolist() == [[2, 2]]
-    assert found["chosen"].tolist() == [[-2, -2]]
-
-
-def test_a_gradient_of_zero_has_no_cosine():
-    assert summary.mean(np.array([[0.5, np.nan], [np.nan, np.nan]])).tolist() == [0.5, 0.0]
-
-
-def test_the_verdict_counts_seeds():
-    base = {name: [0.0, 0.0] for name in (
-        "differing_chosen_start", "differing_chosen_end", "chosen_start", "cosine_start",
-    )} | {"last_ideal": [1.0, 1.0], "cosine_lowest": [0.1, 0.2]}  # fmt: skip
-    single = base | {"chosen_end": [1.0, 2.0], "cosine_end": [-0.5, 0.5], "cosine_mean": [0, 0]}
-    long = base | {
-        "differing_chosen_end": [-1.0, -1.0],
-        "chosen_end": [0.5, 0.5],
-        "cosine_end": [0.5, 0.5],
-        "cosine_mean": [0.5, 0.5],
-    }
-    config = dataclasses.replace(lab.SMOKE, seeds=2)
-    text = "\n".join(summary.verdict(config, {"single": single, "long": long}, "all"))
-    assert "holds:    single: the chosen rises (2 of 2 seeds; 1.500 ± 0.707 nats)" in text
-    assert "is mixed: single: the cosine declines (1 of 2 seeds" in text
-    assert "FAILS:    long: the chosen falls (0 of 2 seeds; 0.500 ± 0.000 nats" in text
-    assert "holds:    long has a larger cosine than single (2 of 2 seeds; 0.500" in text
-    assert "holds:    long: the chosen changes for the worse against single (2 of 2 seeds" in text
+    """The first of two that do, behind one that is shared; a response that has ended has none."""
+    policy, params = tabular.language_model(jax.random.key(0), vocab=3, length=3)
+    row = jnp.log(jnp.array([0.1, 0.2, 0.7]))[None, None]
+    params = jax.tree.map(lambda x: jnp.broadcast_to(row, x.shape).astype(x.dtype), params)
+    texts = [((2, 1, 0), (2, 0, 1)), ((2, 1, 1), (2, 1))]
+    made = [tuple(np.array([0, *x]) for x in pair) for pair in texts]
+    pairs = PairSet.of(policy, [TokenPair(x, (1, 1), (False, False)) for x in made])
+    found = measure.differing(pairs, params, pairs.rows([0, 1]))
+    np.testing.assert_allclose(found, np.log([[0.2, 0.1], [0.2, 1]]), rtol=1e-5)
 
 
 def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
     config, folder, *_ = made
-    lost = {part.stem for part in (folder / "parts").iterdir() if "short" in part.stem}
-    smoke.same_after_a_kill(lab, config, folder, tmp_path, lost)
+    smoke.same_after_a_kill(lab, config, folder, tmp_path, ("0_short_dpo",))
 
 
-def test_the_prompt_can_be_supervised_too(made, started):
-    """Longer texts to learn: another starting point, and the same probes."""
-    config, _, _, _ = made
-    policy, problem, params, _, part = started
-    config = dataclasses.replace(config, supervised_on="text")
-    begin = protocol.load(config)[0].params
-    compiled = measure.programs(config, policy, problem)
-    other = measure.supervised(config, part, problem, begin, compiled)
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, other)
-    assert max(jax.tree.leaves(moved)) > 0
-    train, _ = protocol.rows_of(config, part)
-    prompt = problem.rows(train)
-    prompt = prompt._replace(is_response=prompt.is_token & ~prompt.is_response
-                             & (np.arange(prompt.tokens.shape[-1]) > 0))  # fmt: skip
-    score = jax.jit(lambda p: logprobs.pair_scores(policy, p, *prompt[:3]).logp[:, 0].sum())
-    assert score(other) > score(params)
+def test_an_arm_that_diverges_is_reported(made, arrays):
+    config, *_, trained = made
+    program, begun = trained["short"]
+    wild = dataclasses.replace(config, rate=3e38, epochs=(0.5, 2))
+    found = measure.course(wild, program, lambda: begun, "dpo")
+    assert found["diverged"] == 2  # the norms hide it from the second update
+    assert np.isnan(found["gram"][-1]).all()
+    assert np.isnan(found["change"][-1]).all()
+    lost = arrays | {f"short_dpo_{key}": x[None] for key, x in found.items()}
+    said = lab.report(config, lab.summarise(config, lost))
+    assert "short: DPO moves unseen chosen responses by an unknown amount (1 of 1 seeds" in said
+    assert "is open: short: a larger cosine than single at the end: -." in said
+    lab.draw(config, lost)
+
+
+def test_the_verdict_says_what_the_numbers_hold():
+    """A world in which the claim holds, but for a short text that is worse than none."""
+    config = dataclasses.replace(lab.SMOKE, seeds=2, resamples=20)
+    arrays = {}
+    for text, cosine, fall in (("single", -0.5, -1.0), ("short", -0.75, -1.0), ("long", 0.75, 4.0)):
+        gram = np.tile(np.array([[1, 2 * cosine], [2 * cosine, 4]]), (2, 2, 1, 1))
+        arrays |= {f"{text}_gram": gram, f"{text}_dpo_gram": np.stack([gram] * 2, axis=1)}
+        arrays |= {
+            f"{text}_lengths": np.full((2, 5, 2), 2),
+            f"{text}_differing": np.ones((2, 5, 2)),
+        }
+        for name in ARMS:
+            other = -2.5 if (name, text) == ("sft", "long") else 0.5
+            change = np.full((2, 2, 5, 2), -fall if name == "dpo" else other)
+            arrays |= {f"{text}_{name}_change": change, f"{text}_{name}_differing": change / 2 + 1}
+            arrays[f"{text}_{name}_diverged"] = np.array([-1, -1])
+    rows = lab.summarise(config, arrays)
+    said = lab.report(config, rows)
+    moves = "DPO moves unseen chosen responses by"
+    assert f"long: {moves} -4.00 (-4.00 to -4.00) nats, displaced;" in said
+    assert "their differing token by -2.00 (-2.00 to -2.00) nats, displaced." in said
+    assert f"single: {moves} +1.00 (+1.00 to +1.00) nats, above the start;" in said
+    assert "holds: single: the gradients point apart before training: +0.50" in said
+    assert "FAILS: short: a larger cosine than single before training: -0.25" in said
+    assert "holds: long: a larger cosine than short at the end: +1.50" in said
+    further = "long: unseen chosen responses fall further than short, beyond"
+    assert f"holds: {further} labels by coin: +5.00" in said
+    assert f"holds: {further} supervision continued: +2.00" in said
+    case = {r["text"]: [r[c.name.lower()] for c in CASES] for r in rows
+            if r["table"] == "gradients"}  # fmt: skip
+    assert case == {"single": [1, 0, 0], "short": [1, 0, 0], "long": [0, 1, 0]}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("change", "said"),
     [
-        ({"updates": 0}, "updates: got 0, expected at least 1"),
-        ({"supervised": -1}, "supervised: got -1, expected at least 0"),
-        ({"batch": 9, "pairs": 8}, "batch: got 9, expected at most pairs=8"),
-        ({"sets": ()}, r"sets, train: got \(\), \('all',\), expected one or more"),
-        ({"pairs": 6400}, "count is 6408, expected 1 to 6336"),
+        ({"grams": 4}, "grams: got 4, expected at most the 3 unseen"),
+        ({"sets": (), "data": None}, "sets: got none"),
+        ({"epochs": (0.0, 1)}, r"epochs: got \(0.0, 1\), expected numbers above 0"),
+        ({"epochs": ()}, "epochs"),
+        ({"pairs": 9}, "a seed draws 3 \\+ 9 pairs"),
+        ({"data": "nowhere.jsonl"}, "nowhere"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        protocol.load(dataclasses.replace(lab.Config(), **settings))
-
-
-def test_bad_data_are_named(made):
-    config = dataclasses.replace(made[0], pairs=5)
-    with pytest.raises(ValueError, match="pairs: got 8 with the probes, expected at most 6"):
-        protocol.load(config)
-    with pytest.raises(DataError, match="nowhere"):
-        protocol.load(dataclasses.replace(config, data="nowhere.jsonl"))
+def test_what_cannot_be_run_is_refused(made, change, said):
+    with pytest.raises((ValueError, DataError), match=said):
+        lab.hashes(dataclasses.replace(made[0], **change))

@@ -1,49 +1,40 @@
-"""What the percentiles of each score did."""
+"""What the percentiles of each score did to trained and to unseen pairs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.ches_percentiles.protocol import SCORES, Config
-from experiments.ches_percentiles.summary import courses
+from experiments.ches_percentiles.report import subsets
+from experiments.protocol.changes import CONTROLS, SETS
 
 
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
-    """For each score, change against percentile: as a sum above, a token below."""
-    rows, wide = list(courses(config, arrays)), 4
-    high = -(-len(config.scores) // wide)
-    figure, axes = plt.subplots(
-        2 * high, wide, figsize=(11, 4.6 * high), layout="constrained", sharex=True, squeeze=False
-    )
-    for panel in axes.flat:
-        panel.set_visible(False)
-    for k, score in enumerate(config.scores):
-        for below, (unit, label) in enumerate((("sum", "nats"), ("token", "nats a token"))):
-            panel = axes[2 * (k // wide) + below, k % wide]
-            panel.set_visible(True)
-            panel.sharey(axes[below, 0])
-            _course(config, panel, [r for r in rows if r["score"] == score], unit)
-            if below == 0:
-                panel.set_title(SCORES[score], fontsize=10)
-            else:
-                panel.set_xlabel("percentile of the score")
-                panel.tick_params(labelbottom=True)
-            if k % wide == 0:
-                panel.set_ylabel(f"change of log π(chosen)\n({label})")
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    """A line for each score, grey ones for the controls on its subsets; a row for each loss."""
+    rows, high = subsets(config, arrays), len(config.losses)
+    figure, axes = plt.subplots(high, 2, figsize=(13, 4.8 * high), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    x, wide = np.array(config.percentiles, float), np.ptp(config.percentiles)
+    for loss, line in zip(config.losses, axes, strict=True):
+        for which, panel in zip(SETS, line, strict=True):
+            for k, score in enumerate(config.scores):
+                some = [r for r in rows if (r["score"], r["set"]) == (score, which)]
+                by = {arm: [r for r in some if r["arm"] == arm] for arm in (loss, *CONTROLS)}
+                for arm, style in zip(CONTROLS, (":", "--"), strict=True):
+                    panel.plot(x, [r["chosen"] for r in by[arm]], style, color="#999999", lw=0.8,
+                               label="" if k else CONTROLS[arm])  # fmt: skip
+                places = x + (k - (len(config.scores) - 1) / 2) * 0.012 * wide
+                panel.plot(places, [r["chosen"] for r in by[loss]], "o-", ms=4, color=f"C{k}",
+                           label=SCORES[score])  # fmt: skip
+                panel.vlines(places, *np.array([r["chosen_95"] for r in by[loss]]).T,
+                             color=f"C{k}", lw=1)  # fmt: skip
+            panel.axhline(0, color="black", lw=0.6)
+            panel.set_xticks(config.percentiles)
+            panel.set(title=f"{loss}: chosen responses of {which} pairs",
+                      xlabel="percentile of the score that chose the trained pairs",
+                      ylabel="change of log-probability (nats)")  # fmt: skip
+            panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
-
-
-def _course(config: Config, panel: Any, rows: Sequence[Mapping[str, Any]], unit: str) -> None:
-    for row, colour, shift in zip(rows, ("#1b6ca8", "#c8402f"), (-1.2, 1.2), strict=False):
-        x = np.array(config.percentiles) + shift
-        panel.plot(x, row[unit]["mean"], color=colour, lw=1.2, label=row["loss"].upper())
-        panel.vlines(x, *np.array(row[unit]["mean_95"]).T, color=colour, lw=1)
-        seeds = np.array(row[unit]["seeds"])  # [percentiles seeds]
-        panel.plot(x, seeds, "o", ms=3, color=colour)
-    panel.axhline(0, color="black", lw=0.6)
-    panel.set_xticks(config.percentiles)
-    panel.spines[["top", "right"]].set_visible(False)

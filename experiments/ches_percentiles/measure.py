@@ -1,143 +1,82 @@
-"""Scores of every pool, and a training on every subset."""
+"""Scores of every pool by the model that starts, and a training on every subset."""
 
 import functools
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from experiments import common
-from experiments.ches_percentiles.protocol import LOSSES, Config, Loaded, load, quantile_slice
-from jaxpref import losses
-from jaxpref.data import batches
+from experiments.ches_percentiles import protocol
+from experiments.ches_percentiles.protocol import Config, load, looks, names
+from experiments.protocol import arms
 from jaxpref.score import score_pairs
-from jaxpref.training.optimizers import torch_rmsprop
-from jaxpref.training.step import init_state, make_step
+from jaxpref.training.objectives import objective
+
+Record = dict[str, np.ndarray]
 
 
-class Programs(NamedTuple):
-    """The compiled functions of a run, of batches of one shape."""
+def scored(config: Config, begun: arms.Begun) -> Record:
+    """A seed's pool, and the subsets that scores of the start choose.
 
-    step: Any  # (state, (batch, number of the loss)) -> (state, metrics, scores)
-    logp: Any  # (params, batch) -> [pairs 2]
-
-
-def programs(config: Config, problem: common.Problem) -> Programs:
-    """Compiled once a run, whatever the number of trainings."""
-    by_name = {
-        "dpo": functools.partial(losses.dpo, beta=config.beta),
-        "ipo": functools.partial(losses.ipo, tau=config.tau),
-    }
-
-    def loss(scores, numbered):
-        batch, number = numbered
-        branches = [lambda logp, f=f: f(logp, batch.reference) for f in by_name.values()]
-        return jax.lax.switch(number, branches, scores.logp)
-
-    def score(params, numbered):
-        return problem.score(params, numbered[0])
-
-    return Programs(
-        make_step(score, loss, torch_rmsprop(config.rate)),
-        jax.jit(lambda params, batch: problem.score(params, batch).logp),
-    )
-
-
-def look(config: Config, run: Programs, problem: common.Problem, params: Any, rows: np.ndarray
-         ) -> np.ndarray:  # fmt: skip
-    """Log-probabilities ``[rows 2]``, nats; the last batch repeats rows to be whole."""
-    whole = np.resize(rows, -(-len(rows) // config.batch) * config.batch)
-    parts = whole.reshape(-1, config.batch)
-    found = [np.asarray(run.logp(params, problem.rows(part))) for part in parts]
-    return np.concatenate(found)[: len(rows)]
-
-
-def pool(config: Config, seed: int, loaded: Loaded, run: Programs) -> dict[str, np.ndarray]:
-    """The pairs of a seed: ``pool [pairs]`` rows of the data, and what is known before training.
-
-    ``scores [scores pairs]``, ``lengths`` and ``start [pairs 2]``, tokens and nats.
+    Returns:
+        ``pool [pairs]``, rows of the data; ``scores [scores pairs]``; ``places [scores percentiles
+        subset]`` in the pool; and of the probes of each subset, trained ones first,
+        ``rows [scores percentiles probes]``, ``lengths`` and ``logp [... 2]`` at the start.
     """
-    rows = batches.order(len(loaded.encoded), config.pairs, seed, 0)
-    columns = [name for name in config.scores if name != "random"]
-    pairs = [loaded.encoded[row] for row in rows]
-    found: dict[str, Any] = {"random": np.random.default_rng([seed, 1]).random(len(rows))}
-    if columns:
-        found |= score_pairs(loaded.subject.policy, loaded.subject.params, pairs, columns=columns)
-    return {
-        "pool": rows,
-        "lengths": np.asarray(loaded.problem.batch.is_response)[rows].sum(axis=2),
-        "scores": np.stack([found[name] for name in config.scores]),
-        "start": look(config, run, loaded.problem, loaded.subject.params, rows),
-    }
+    pool, pairs = begun.parts.preference, begun.pairs
+    found: dict[str, Any] = {"random": np.random.default_rng([begun.seed, 18]).random(len(pool))}
+    if columns := [name for name in config.scores if name != "random"]:
+        texts = [pairs.pairs[row] for row in pool]
+        found |= score_pairs(pairs.policy, begun.params, texts, columns=columns)
+    scores = np.stack([found[name] for name in config.scores]).astype(float)
+    places = np.array([[protocol.quantile_slice(each, at, config.subset)
+                        for at in config.percentiles] for each in scores])  # fmt: skip
+    rows = np.array([[arms.probes_of(config, begun.parts._replace(preference=pool[subset]))
+                      for subset in each] for each in places])  # fmt: skip
+    return {"pool": pool, "scores": scores, "places": places, "rows": rows,
+            "lengths": pairs.lengths[rows], "logp": pairs.known[rows]}  # fmt: skip
 
 
-def train(config: Config, seed: int, loss: str, rows: np.ndarray, start: np.ndarray, params: Any,
-          problem: common.Problem, run: Programs) -> np.ndarray:  # fmt: skip
-    """Changes of log-probabilities ``[rows 2]`` by one epoch on these rows, nats."""
-    batch = problem.rows(rows)._replace(reference=start)
-    state = init_state(
-        jax.tree.map(jnp.copy, params), torch_rmsprop(config.rate), key=jax.random.key(seed)
-    )
-    for number in range(len(rows) // config.batch):
-        index = batches.order(len(rows), config.batch, seed, number)
-        part = jax.tree.map(lambda x, index=index: x[index], batch)
-        state, metrics, _ = run.step(state, (part, jnp.int32(LOSSES.index(loss))))
-        if not np.isfinite(metrics["loss"]):
-            raise ValueError(f"rate: got {config.rate}, and the loss is not finite, expected less")
-    return look(config, run, problem, state.params, rows) - start
+def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun], drawn: Record,
+              seed: int, folder: Path | None) -> Record:  # fmt: skip
+    """Of each arm what `arms.follow` gives, ``[scores percentiles ...]``.
 
-
-def trainings(config: Config, seed: int, drawn: Mapping[str, np.ndarray], loaded: Loaded,
-              compiled: Programs, folder: Path | None) -> dict[str, np.ndarray]:  # fmt: skip
-    """``rows [scores percentiles subset]``, places in the pool, and what came of them.
-
-    ``change [losses scores percentiles subset 2]``. A subset that several scores chose is trained
-    once.
+    A subset that several scores chose is trained once.
     """
-    rows = np.array(
-        [
-            [quantile_slice(scores, at, config.subset) for at in config.percentiles]
-            for scores in drawn["scores"]
-        ]
-    )
-    change = np.empty((len(config.losses), *rows.shape, 2))
-    known: dict[Any, np.ndarray] = {}
-    grid = list(np.ndindex(change.shape[:3]))
-    for i, j, k in tqdm(grid, f"trainings, seed {seed}", unit="training"):
-        loss, places = config.losses[i], rows[j, k]
-        if (key := (loss, places.tobytes())) not in known:
-            make = functools.partial(
-                train, config, seed, loss, drawn["pool"][places], drawn["start"][places],
-                loaded.subject.params, loaded.problem, compiled,
-            )  # fmt: skip
-            name = f"{seed}_{loss}_{config.scores[j]}_{config.percentiles[k]}"
-            known[key] = common.kept(folder, name, lambda make=make: {"x": make()})["x"]
-        change[i, j, k] = known[key]
-    return {"rows": rows, "change": change}
+    shape, found = drawn["places"].shape, {}
+    subsets, which = np.unique(drawn["places"].reshape(-1, shape[-1]), axis=0, return_inverse=True)
+    for name in names(config):
+        made = []
+        for number, places in enumerate(tqdm(subsets, f"{name}, seed {seed}", unit="subset")):
+
+            def arm(name=name, rows=drawn["pool"][places]):
+                own = begin()
+                own = own._replace(parts=own.parts._replace(preference=rows))
+                return arms.follow(config, run, own, protocol.arm_of(config, name), name=name,
+                                   looks=looks(config))  # fmt: skip
+
+            made.append(common.kept(folder, f"{seed}_{number}_{name}", arm))
+        for what in made[0]:
+            each = np.stack([one[what] for one in made])
+            found[f"{name}_{what}"] = each[which.reshape(shape[:2])]
+    return found
 
 
-def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
-    """What `pool` and `trainings` return, with a leading axis ``seeds``; ``left_out [2]``."""
-    loaded = load(config)
-    _tell(loaded)
-    compiled, records = programs(config, loaded.problem), []
+def run(config: Config, folder: Path | None = None) -> Record:
+    """Arrays ``[seeds ...]``: what `scored` and `trainings` return."""
+    subject, pairs = load(config)
+    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    losses = {name: objective(name) for name in dict.fromkeys((*config.losses, "dpo", "sft"))}
+    compiled, seeds = arms.programs(config.optimizer, pairs, losses), []
     for seed in range(config.seeds):
-        make = functools.partial(pool, config, seed, loaded, compiled)
-        drawn = common.kept(folder, f"{seed}_pool", make)
-        records.append(drawn | trainings(config, seed, drawn, loaded, compiled, folder))
-    found = {name: np.stack([record[name] for record in records]) for name in records[0]}
-    return found | {"left_out": np.array(list(loaded.left_out.values()))}
 
+        @functools.cache
+        def begin(seed=seed):
+            return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
 
-def _tell(loaded: Loaded) -> None:
-    out = loaded.left_out
-    print(
-        f"{len(loaded.encoded)} pairs; left out: {out['unusable']} that cannot be used,"
-        f" {out['too_long']} too long",
-        file=sys.stderr,
-    )
+        drawn = common.kept(folder, f"{seed}_scores", lambda begin=begin: scored(config, begin()))
+        seeds.append(drawn | trainings(config, compiled, begin, drawn, seed, folder))
+    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

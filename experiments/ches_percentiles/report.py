@@ -1,141 +1,132 @@
-"""The tables, and the verdict in words."""
+"""What every subset did to trained and unseen pairs, and whether a score ordered it."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.ches_percentiles.protocol import SCORES, Config
+import numpy as np
+
+from experiments.ches_percentiles.protocol import SCORES, Config, looks, names
+from experiments.correlation import partial_spearman, spearman
+from experiments.protocol import changes
+from experiments.protocol.changes import CONTROLS, SETS, about, of_set
+from experiments.protocol.intervals import mean_of
+from experiments.protocol.tables import spread, table
+
+Arrays = Mapping[str, np.ndarray]
+Row = Mapping[str, Any]
+DROPS = ("drop", *(f"beyond_{control}" for control in CONTROLS))  # from lowest to highest
 
 
-def _interval(value: float, ends: Sequence[float]) -> str:
-    return f"{value:+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})" if value == value else "-"
+def subsets(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """Rows of `changes.rows` for every subset."""
+    found, numbers = [], {name: looks(config) for name in names(config)}
+    wanted = ["lengths", *(f"{n}_{what}" for n in numbers for what in ("change", "diverged"))]
+    for i, j in np.ndindex(len(config.scores), len(config.percentiles)):
+        subset = {"score": config.scores[i], "percentile": config.percentiles[j]}
+        own = {name: arrays[name][:, i, j] for name in wanted}
+        found += [{**subset, **row} for row in changes.rows(config, own, numbers)]
+    return found
 
 
-def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The tables, and in words what the percentiles of each score did."""
-    out = rows[0]["left_out"]
+def courses(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """For each loss, score and set: whether the mean change falls as the percentile rises."""
+    found = []
+    for loss, score, which in itertools.product(config.losses, config.scores, SETS):
+        at = config.scores.index(score)
+        chosen = [arrays[f"{arm}_change"][:, at, :, 0, :, 0] for arm in (loss, *CONTROLS)]
+        chosen = [of_set(config, x.swapaxes(1, 2), which) for x in chosen]
+        means = chosen[0].mean(axis=1)  # [seeds percentiles]
+        row: dict[str, Any] = {"table": "courses", "arm": loss, "score": score, "set": which}
+        row["means"] = means.mean(axis=0).tolist()
+        row["falls"] = bool((np.diff(means.mean(axis=0)) < 0).all())
+        row["falls_seeds"] = int((np.diff(means) < 0).all(axis=1).sum())
+        for name, other in zip(DROPS, (0, *chosen[1:]), strict=True):
+            gap = chosen[0] - other
+            row |= about(name, config, mean_of, gap[..., -1] - gap[..., 0])
+        found.append(row)
+    return found
+
+
+def correlations(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """Of each score with the change of its subsets' trained chosen responses, under each arm.
+
+    A pair that is in two subsets counts twice.
+    """
+
+    def flat(x):
+        return x[..., : config.trained].reshape(config.seeds, -1)
+
+    found = []
+    for (i, score), arm in itertools.product(enumerate(config.scores), names(config)):
+        change = flat(arrays[f"{arm}_change"][:, i, :, 0, :, 0])
+        places, lengths = flat(arrays["places"][:, i]), arrays["lengths"][:, i]
+        columns = np.take_along_axis(arrays["scores"][:, i], places, axis=1), change
+        difference, chosen = flat(np.diff(lengths)[..., 0]), flat(lengths[..., 0])
+        row = {"table": "correlations", "arm": arm, "score": score}
+        row |= about("all", config, spearman, *columns)
+        row |= about("given_difference", config, partial_spearman, *columns, difference)
+        row |= about("given_length", config, partial_spearman, *columns, chosen)
+        found.append(row)
+    return found
+
+
+def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
+    """``changes`` of every subset, ``courses`` of every score, ``correlations`` over pairs."""
+    return [*subsets(config, arrays), *courses(config, arrays), *correlations(config, arrays)]
+
+
+def ordered(config: Config, row: Row) -> bool:
+    """Whether a course falls at every step in every seed, and further than both controls'."""
+    return row["falls_seeds"] == config.seeds and all(row[f"{name}_95"][1] < 0 for name in DROPS)
+
+
+def report(config: Config, rows: Sequence[Row]) -> str:
+    """The tables, and in words whether the claim held."""
+    some = [r for r in rows if r["arm"] in config.losses]
+    fell = [{**r, "arm": f"{r['arm']}, {_name(r)}"} for r in some if r["table"] == "changes"]
+    head = ["loss, set, score", *map(str, config.percentiles), "falls at every step",
+            "highest less lowest", *(f"beyond {words}" for words in CONTROLS.values())]  # fmt: skip
     lines = [
-        f"pools: {config.seeds} of {config.pairs} pairs, subsets of {config.subset}; left out of"
-        f" the data: {out['unusable']} rows without two different responses, {out['too_long']}"
-        f" pairs longer than {config.limit} tokens",
-        "",
-    ]
-    words = []
-    for loss in config.losses:
-        some = [row for row in rows if row["loss"] == loss]
-        lines += [*_course_table(config, loss, some), ""]
-        for kind, told in (("own", "its own subsets"), ("all", "all subsets")):
-            lines += [*_correlation_table(loss, told, [(r["score"], r[kind]) for r in some]), ""]
-        words += _verdict(config, loss, some)
-    return "\n".join([*lines, *words])
+        [f"{r['arm']}, {r['set']}, {SCORES[r['score']]}", *(f"{x:+.2f}" for x in r["means"]),
+         f"{'yes' if r['falls'] else 'no'}, in {r['falls_seeds']} of {config.seeds} seeds",
+         *(spread(r, name) for name in DROPS)]
+        for r in some if r["table"] == "courses"
+    ]  # fmt: skip
+    given = ("all", "given_difference", "given_length")
+    told = [[f"{SCORES[r['score']]}, {r['arm']}", *(spread(r, name) for name in given)]
+            for r in rows if r["table"] == "correlations"]  # fmt: skip
+    return "\n\n".join([
+        f"change of log-probability in {looks(config)[0]} updates of {config.optimizer} at"
+        f" {config.rate:g}, nats (95 % over seeds and pairs); {config.seeds} seeds x subsets of"
+        f" {config.subset} of {config.pairs} pairs, {config.unseen} unseen pairs:",
+        changes.shown(fell),
+        "mean change of the chosen response by percentile:", table(head, lines),
+        "Spearman of score and change of the chosen response, over trained pairs:",
+        table(["score, arm", "all", "given length difference", "given chosen length"], told),
+        *(_verdict(config, some, *x) for x in itertools.product(config.losses, SETS)),
+    ])  # fmt: skip
 
 
-def _course_table(config: Config, loss: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    def line(name, cells, end=""):
-        return f"{name:<26}" + "".join(f"{cell:>11}" for cell in cells) + end
-
-    title = f"{loss}, {config.subset // config.batch} updates of RMSprop at {config.rate:g}: mean"
-    lines = [
-        f"{title} change of the chosen response's log-probability (nats) by percentile of a score",
-        line("score", config.percentiles, "  falls at every step"),
-    ]
-    for row in rows:
-        for unit, digits, label in (("sum", 3, SCORES[row["score"]]), ("token", 4, "  a token")):
-            found = row[unit]
-            told = f"  {'yes' if found['falls'] else 'no':<3} in {found['falls_seeds']} of"
-            cells = [f"{x:+.{digits}f}" for x in found["mean"]]
-            lines.append(line(label, cells, f"{told} {config.seeds} seeds"))
-            for end, of_seeds in (("lowest", min), ("highest", max)) if config.seeds > 1 else ():
-                cells = [f"{of_seeds(x):+.{digits}f}" for x in found["seeds"]]
-                lines.append(line(f"    {end} of the seeds", cells))
-        lines.append(line("  tokens", ["{:.1f}/{:.1f}".format(*x) for x in row["tokens"]]))
-    return lines
+def _name(row: Row) -> str:
+    return f"{SCORES[row['score']]} {row['percentile']}"
 
 
-def _correlation_table(loss: str, told: str, rows: Sequence[tuple[str, Any]]) -> list[str]:
-    lines = [
-        f"{loss}, Spearman of score and change over pairs of {told} ({rows[0][1]['pairs']} pairs in"
-        " the first row); -1 if the score orders falls",
-        f"{'score':<24} {'with length':>11}  {'change':<6} {'Spearman (95 %)':>24}"
-        f" {'given length difference':>24} {'given chosen length':>24} {'in bins':>8}",
-    ]
-    for name, row in rows:
-        for unit in ("sum", "token"):
-            found, first = row[unit], unit == "sum"
-            cells = [
-                _interval(found[key], found[f"{key}_95"])
-                for key in ("spearman", "given_difference", "given_chosen")
-            ]
-            matched = f"{found['matched']:+.2f}" if found["matched"] == found["matched"] else "-"
-            lines.append(
-                f"{SCORES[name] if first else '':<24}"
-                f" {format(row['difference'], '+.2f') if first else '':>11}  {unit:<6}"
-                + "".join(f" {cell:>24}" for cell in cells)
-                + f" {matched:>8}"
-            )
-    return lines
-
-
-def _verdict(config: Config, loss: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    by = {row["score"]: row for row in rows}
-    words = [f"{loss}:"]
-    grew = sum(x > 0 for row in rows for x in row["margin"])
-    words.append(f"  The margin grew in {grew} of {len(rows) * len(config.percentiles)} subsets.")
-    if ches := by.get("ches"):
-        words += _paper(config, ches)
-    drops = sorted(
-        (row["sum"]["mean"][-1] - row["sum"]["mean"][0], name) for name, row in by.items()
+def _verdict(config: Config, rows: Sequence[Row], loss: str, which: str) -> str:
+    by = {name: [r for r in rows if (r["table"], r["arm"], r.get("set")) == (name, loss, which)]
+          for name in ("changes", "courses")}  # fmt: skip
+    fell = [_name(r) for r in by["changes"] if changes.displaced(r)]
+    held = [SCORES[r["score"]] for r in by["courses"] if ordered(config, r)]
+    said = (
+        f"{loss}, {which} pairs: chosen responses are displaced, below their start and both"
+        f" controls, by {len(fell)} of {len(by['changes'])} subsets ({', '.join(fell) or 'none'})."
+        " Scores by which the change falls at every step in every seed, further than under both"
+        f" controls: {', '.join(held) or 'none'}."
     )
-    told = ", ".join(f"{SCORES[name]} {drop:+.3f}" for drop, name in drops)
-    words.append(f"  From lowest to highest percentile, nats, largest fall first: {told}.")
-    strict = [SCORES[n] for n, row in by.items() if row["sum"]["falls"] and n != "ches"]
-    words.append(f"  Other scores whose means fall at every step: {', '.join(strict) or 'none'}.")
-    for unit, told in (("sum", "the sum"), ("token", "the change a token")):
-        alone = rows[0]["all"][unit]["chosen_alone"]
-        words.append(
-            f"  Scores that order {told} better than chance over the pairs of all subsets:"
-            f" {_below(by, unit, 'spearman')}; at equal length difference:"
-            f" {_below(by, unit, 'given_difference')}; at equal chosen length:"
-            f" {_below(by, unit, 'given_chosen')}. The chosen length alone: {alone:+.2f}."
+    for last in [r for r in by["changes"] if r["score"] == "ches"][-1:]:
+        holds = "holds" if SCORES["ches"] in held and _name(last) in fell else "does not hold"
+        said += (
+            f" That training on high CHES lowers chosen responses most {holds} here:"
+            f" {spread(last, 'chosen')} nats by the highest subset."
         )
-    if ches := by.get("ches"):
-        words += _after_length(ches)
-    return words
-
-
-def _paper(config: Config, ches: Mapping[str, Any]) -> list[str]:
-    words, whole = [], True
-    for unit, told in (("sum", "nats"), ("token", "nats a token")):
-        found = ches[unit]
-        mean, falls = found["mean"], "falls" if found["falls"] else "does not fall"
-        words.append(
-            f"  By CHES percentile the mean change goes from {mean[0]:+.4f} to {mean[-1]:+.4f}"
-            f" {told} and {falls} at every step ({found['falls_seeds']} of {config.seeds} seeds)."
-        )
-        if unit == "sum":
-            whole = found["falls"] and mean[0] > 0 > mean[-1]
-    words.append(
-        "  The paper's finding, of sums: the lowest subset rises, the highest falls, every step is"
-        f" one down: {'it holds here' if whole else 'not the whole of it here'}."
-    )
-    return words
-
-
-def _after_length(ches: Mapping[str, Any]) -> list[str]:
-    words = []
-    for unit, told in (("sum", "sums"), ("token", "changes a token")):
-        found = ches["all"][unit]
-        said = "nothing is left that chance would not do"
-        if found["spearman_95"][1] >= 0:
-            said = "it did not order them to begin with"
-        elif found["given_difference_95"][1] < 0:
-            said = "something is left"
-        before = _interval(found["spearman"], found["spearman_95"])
-        after = _interval(found["given_difference"], found["given_difference_95"])
-        words.append(f"  CHES and {told}: {before}; at equal length difference {after}: {said}.")
-    return words
-
-
-def _below(by: Mapping[str, Mapping[str, Any]], unit: str, key: str) -> str:
-    """The scores whose interval is below zero."""
-    names = [SCORES[n] for n, row in by.items() if row["all"][unit][f"{key}_95"][1] < 0]
-    return ", ".join(names) or "none"
+    return said

@@ -1,21 +1,23 @@
-"""What keeps the chosen response up: mitigations of entanglement against plain DPO.
+"""Which methods keep chosen responses up that are not trained on, at the margin that DPO reaches.
 
-Claim:   Pulls moved to the middle of a pair's band (normalised, calibrated) or projected keep the
-         chosen response from falling with the rejected one, at the same margin.
+Claim:   Losses and changes of pulls that were made against displacement keep chosen responses up
+         where DPO lowers both, at no loss of margin.
 Run:     python -m experiments.mitigations
-Takes:   about 20 minutes on 2 cores
-Expect:  a pair's guarantee is of one step of gradient descent on that pair alone. Whether it
-         survives batches, many steps and pairs that were not trained on is what is measured.
-Source:  Yuan et al. (2024), Section 5, https://arxiv.org/abs/2410.13828; reward calibration (2026),
-         https://arxiv.org/abs/2604.18239; DPO-Shift (2025), https://arxiv.org/abs/2502.07599
+Takes:   about 45 minutes on 2 cores
+Expect:  from a supervised start, on pairs with a long common suffix, DPO lowers both responses of
+         unseen pairs. A pair's guarantee is of one step of gradient descent on that pair alone:
+         whether it holds for Adam, batches and unseen pairs is what is measured.
+Source:  Yuan et al. (2024), Section 5, https://arxiv.org/abs/2410.13828; DPO-positive (2024),
+         https://arxiv.org/abs/2402.13228; DPO-Shift (2025), https://arxiv.org/abs/2502.07599; CPO
+         (2024), https://arxiv.org/abs/2401.08417; Cal-DPO (2024),
+         https://arxiv.org/abs/2412.14516; reward calibration (2026),
+         https://arxiv.org/abs/2604.18239
 """
 
 from experiments.mitigations.figure import draw as draw
 from experiments.mitigations.measure import run as run
 from experiments.mitigations.protocol import SMOKE as SMOKE
 from experiments.mitigations.protocol import Config as Config
-from experiments.mitigations.protocol import looks as looks
-from experiments.mitigations.protocol import parts as parts
-from experiments.mitigations.start import hashes as hashes
-from experiments.mitigations.summary import report as report
+from experiments.mitigations.protocol import hashes as hashes
+from experiments.mitigations.report import report as report
 from experiments.mitigations.summary import summarise as summarise

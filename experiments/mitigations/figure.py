@@ -1,48 +1,43 @@
-"""The figure."""
+"""Chosen responses against the margin that each method has reached."""
 
-import itertools
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.mitigations.protocol import Config, parts
-from experiments.mitigations.summary import courses
-
-COLOURS = (
-    *("#222222", "#8c6d31", "#bd9e39", "#1b6ca8", "#67b7dc"),
-    *("#c8402f", "#e7969c", "#3c8d40", "#98c379", "#7b4fa3"),
-)
+from experiments.mitigations import protocol
+from experiments.mitigations.protocol import Config
+from experiments.mitigations.summary import courses, places
+from experiments.protocol.changes import CONTROLS, between
 
 
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
-    """For each optimizer: chosen, rejected and divergence against the margin reached."""
-    todo = parts(config)
-    every = [courses(config, arrays, i) for i in range(len(todo))]
-    panels = (
-        ("chosen", "chosen log-probability since the start (nats)"),
-        ("rejected", "rejected log-probability since the start (nats)"),
-        ("held_chosen", "chosen, held-out pairs (nats)"),
-        ("kl", "KL to the start (nats a token, held-out)"),
-    )
-    figure, axes = plt.subplots(
-        len(config.optimizers), len(panels), layout="constrained", squeeze=False,
-        figsize=(4.4 * len(panels), 4 * len(config.optimizers)),
-    )  # fmt: skip
-    for row, optimizer in zip(axes, config.optimizers, strict=True):
-        for panel, (name, label) in zip(row, panels, strict=True):
-            for method, colour in zip(config.methods, itertools.cycle(COLOURS), strict=False):
-                for i, part in enumerate(todo):
-                    if part[1:] == (optimizer, method):
-                        panel.plot(
-                            every[i]["margin"], every[i][name], color=colour, lw=1.2,
-                            marker=".", ms=4, label=method if part.seed == 0 else None,
-                        )  # fmt: skip
-            panel.axhline(0, color="black", lw=0.6)
-            panel.set_xlabel("margin since the start, training pairs (nats)")
-            panel.set_ylabel(label)
-            panel.spines[["top", "right"]].set_visible(False)
-        row[0].set_title(f"{optimizer}: a line a seed, a point a look", fontsize=10)
-    axes[0, -1].legend(frameon=False, fontsize=8)
+    """Unseen pairs, trained pairs, and KL; a line for each method, a point for each look."""
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]  # a listed map has them
+    style = {name: {"color": colours[i]} for i, name in enumerate(config.methods)}
+    style |= {
+        "dpo": {"color": "black", "lw": 2.5},
+        "coin": {"color": "#888888", "ls": ":"},
+        "sft": {"color": "#888888", "ls": "--"},
+    }
+    panels = (("unseen", "chosen", "unseen pairs"), ("trained", "chosen", "trained pairs"),
+              ("unseen", "kl", "unseen responses"))  # fmt: skip
+    for panel, (which, field, title) in zip(axes, panels, strict=True):
+        for name in protocol.names(config):
+            found = courses(config, arrays, name, which)
+            x, y = (found[f].mean(axis=(0, 2)) for f in ("margin", field))
+            panel.plot(x, y, marker=".", label=CONTROLS.get(name, name), **style[name])
+            panel.plot(x[-1:], y[-1:], "o", ms=5, color=style[name]["color"])
+        label = "KL to the start (nats a token)" if field == "kl" else "chosen, change (nats)"
+        panel.axhline(0, color="black", lw=0.5)
+        panel.set(title=title, xlabel=f"margin since the start, {which} pairs (nats)", ylabel=label)
+        panel.spines[["top", "right"]].set_visible(False)
+    margin = courses(config, arrays, "dpo", "unseen")["margin"]
+    each = zip(margin, places(config, arrays, "dpo"), strict=True)
+    level = np.mean([between(x, place) for x, place in each])
+    for panel in axes[[0, 2]]:
+        panel.axvline(level, color="black", lw=0.6, ls=":")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure

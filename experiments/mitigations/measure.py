@@ -1,127 +1,92 @@
-"""Training, and what is looked at on the way."""
+"""Every method from the same start, on trained and on unseen pairs."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from experiments import common
-from experiments.mitigations.methods import MASKS, READ_GRAM, Seen, loss_of, pull_methods
-from experiments.mitigations.protocol import Config, Part, looks, parts
-from experiments.mitigations.start import Programs, Start, begin, load, programs, rows_of
-from jaxpref import diagnostics
-from jaxpref.data import batches
-from jaxpref.training import mitigations
-from jaxpref.training.step import tree_norm
+from experiments.mitigations import protocol
+from experiments.mitigations.protocol import MASK, Config, Contrasted, load
+from experiments.protocol import arms
+from jaxpref.logprobs import token_kl
+from jaxpref.training.pairset import PairSet
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
-def _pulls(config: Config, method: str, seen: Seen, logits: Array) -> tuple[Array, Array]:
-    """Derivatives of the summed losses by token log-probabilities and by mask logits."""
-
-    def total(token_logp, logits):
-        return loss_of(config, method, seen._replace(token_logp=token_logp), logits).sum()
-
-    return jax.grad(total, argnums=(0, 1))(seen.token_logp, logits)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _step_of_length(params, gradient, length):
-    factor = length / tree_norm(gradient)
-    return jax.tree.map(lambda p, g: p - jnp.asarray(factor, g.dtype) * g, params, gradient)
+def contrasted(begun: arms.Begun) -> PairSet:
+    """The pairs of a start with the contrast mask, and the start's log-probabilities of it."""
+    pairs, rows = begun.pairs, begun.parts.preference
+    masked = Contrasted(pairs.policy, pairs.pairs, pairs.sizes)
+    reference = np.full((len(pairs), 2), np.nan, np.float32)
+    reference[rows] = masked.logps(begun.params, rows)
+    return masked.with_reference(reference)
 
 
-def train(config: Config, part: Part, start: Start, run: Programs) -> dict[str, Any]:
-    """One run.
+def divergence(pairs: PairSet, start: PyTree, rows: np.ndarray) -> Callable[[PyTree], np.ndarray]:
+    """Of parameters, ``[rows]``: KL to the start, mean nats over both responses' tokens."""
+    before, _ = pairs.sweep(functools.partial(_states, pairs, start), rows)
+    head = pairs.policy.unembedding(start)
 
-    Returns:
-        ``logp``: nats, ``[looks, pairs trained on then held out, 2]``, since the start.
-        ``kl``: to the start, mean nats a token of the held-out responses, ``[looks]``.
-        ``regime``: of each trained pair at the start, under the method's own pull; -1 where the
-        method's pull is not one number a response.
-        ``mask``: mean of the learned masks over scored tokens, ``[looks]``.
-    """
-    rows = rows_of(config, start.problem, part.seed)
-    trained, held = rows[: config.pairs], rows[config.pairs :]
-    params = jax.tree.map(jnp.copy, start.params)
-    state = common.unit_optimizer(part.optimizer).init(params)
-    logits = np.zeros(start.token_reference.shape, start.token_reference.dtype)
-    found: dict[str, list] = {"logp": [], "kl": [], "mask": []}
+    def of(params: PyTree) -> np.ndarray:
+        after, mask = pairs.sweep(functools.partial(_states, pairs, params), rows)
+        each = np.asarray(_kl(after, pairs.policy.unembedding(params), before, head))
+        return np.where(mask, each, 0).sum(axis=(1, 2)) / mask.sum(axis=(1, 2))
 
-    def look_at(index):
-        logp = np.asarray(run.tokens(params, start.problem.rows(index))[0])
-        change = np.where(start.is_target[index], logp - start.token_reference[index], 0)
-        return change.sum(axis=-1)
-
-    def seen_of(index) -> Seen:
-        batch = start.problem.rows(index)
-        size = len(index)
-        grams = np.zeros((size, 2, 2), np.float32)
-        if part.method in READ_GRAM:
-            grams = run.grams(params, batch[:3])
-        columns = (start.token_reference, start.is_target, start.contrast)
-        reference, mask, contrast = (jnp.asarray(x[index]) for x in columns)
-        return Seen(run.tokens(params, batch)[0], reference, mask, contrast, jnp.asarray(grams))
-
-    def chunks(index):
-        return [index[i : i + config.batch] for i in range(0, len(index), config.batch)]
-
-    regimes = _regimes(config, part, start, run, chunks(trained))
-    for number in tqdm(range(config.updates + 1), part.method, leave=False):
-        if number in looks(config):
-            found["logp"].append(np.concatenate([look_at(index) for index in chunks(rows)]))
-            each = [
-                run.divergence(params, start.params, start.problem.rows(i)) for i in chunks(held)
-            ]
-            found["kl"].append(np.mean(each))
-            gates = mitigations.learned_mask(logits[trained], start.is_target[trained])
-            found["mask"].append(float(gates.sum()) / start.is_target[trained].sum())
-        if number == config.updates:
-            break
-        index = trained[batches.order(config.pairs, config.batch, part.seed, number)]
-        seen = seen_of(index)
-        pull, slope = _pulls(config, part.method, seen, jnp.asarray(logits[index]))
-        logits[index] -= config.mask_rate * np.asarray(slope)
-        gradient = run.back(params, start.problem.rows(index), pull)
-        if part.optimizer == "sgd":
-            params = _step_of_length(params, gradient, config.length)
-        else:
-            params, state = common.apply_update("adam", params, state, gradient, config.adam_rate)
-    return {name: np.array(value) for name, value in found.items()} | {"regime": regimes}
+    return of
 
 
-def _regimes(config: Config, part: Part, start: Start, run: Programs, chunks) -> np.ndarray:
-    if part.method in MASKS:
-        return np.full(config.pairs, -1)
-    found = []
-    loss, change = pull_methods(config)[part.method]
+@functools.partial(jax.jit, static_argnums=0)
+def _states(pairs: PairSet, params, batch):
+    found = pairs.hidden(params, batch)
+    return found.hidden, found.is_target
 
-    def pull_of(gram, logp, reference):
-        return change(gram, jax.grad(lambda x: loss(x, reference).sum())(logp))
 
-    for index in chunks:
-        gram = run.grams(start.params, start.problem.rows(index)[:3])
-        columns = start.token_reference[index], start.is_target[index]
-        logp = jnp.asarray(np.where(columns[1], columns[0], 0).sum(axis=-1))
-        pull = pull_of(gram, logp, logp)
-        found.append(np.asarray(diagnostics.regime(gram, pull)))
-    return np.concatenate(found)
+_kl = jax.jit(functools.partial(token_kl, time_chunk=4))
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
-    """Arrays of `train` with a leading axis ``parts``, in the order of `parts`."""
-    subject, problem = load(config)
-    compiled = programs(problem, subject.policy)
-    begun = functools.cache(lambda: begin(config, subject, problem, compiled))
-    bar, records = tqdm(parts(config), "runs", unit="run"), []
-    for part in bar:
-        bar.set_description(f"{part.method}, {part.optimizer}, seed {part.seed}")
-        name = "_".join(map(str, part)).replace(" ", "-")
-        make = functools.partial(lambda part: train(config, part, begun(), compiled), part)
-        records.append(common.kept(folder, name, make))
-    return {name: np.stack([record[name] for record in records]) for name in records[0]}
+    """Arrays ``[seeds ...]``: of each arm what `arms.follow` gives, ``{arm}_change`` and so on.
+
+    And ``{arm}_kl [looks unseen]``, ``lengths`` and ``logp [probes 2]``, the start's.
+    """
+    subject, pairs = load(config)
+    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    compiled = arms.programs(
+        config.optimizer, pairs, protocol.objectives(config), protocol.changes_of(config)
+    )
+    looks, seeds = protocol.looks(config), []
+    for seed in range(config.seeds):
+
+        @functools.cache
+        def begin(seed=seed):
+            begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+            return begun, divergence(pairs, begun.params, begun.parts.unseen)
+
+        def first(begin=begin):
+            begun, _ = begin()
+            probes = arms.probes_of(config, begun.parts)
+            return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]}
+
+        record = common.kept(folder, f"{seed}_start", first)
+        for name in tqdm(protocol.names(config), f"methods, seed {seed}", unit="method"):
+
+            def arm(name=name, begin=begin):
+                begun, kl_of = begin()
+                kl = np.full((len(looks), config.unseen), np.nan, np.float32)
+
+                def also(number, params, state):
+                    kl[looks.index(number)] = kl_of(params)
+
+                return {"kl": kl} | arms.follow(
+                    config, compiled, begun, protocol.arm_of(config, name), name=name, looks=looks,
+                    also=also, shown=contrasted(begun) if name == MASK else None,
+                )  # fmt: skip
+
+            made = common.kept(folder, f"{seed}_{name}", arm)
+            record |= {f"{name}_{key}": value for key, value in made.items()}
+        seeds.append(record)
+    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

@@ -1,83 +1,129 @@
-"""What a run is: its settings and its parts."""
+"""The methods and the settings."""
 
 import dataclasses
-import itertools
-from typing import Literal, NamedTuple
 
 from experiments import common
+from experiments.protocol import settings
+from experiments.protocol.arms import ARMS, Arm, Change
+from experiments.protocol.changes import CONTROLS
+from experiments.protocol.settings import Protocol
+from jaxpref.data import batches
+from jaxpref.data.batches import Batch
+from jaxpref.training import mitigations
+from jaxpref.training.mitigations import contrast_mask
+from jaxpref.training.objectives import Objective, objective
+from jaxpref.training.pairset import Index, PairSet
 
-Optimizer = Literal["sgd", "adam"]
+LOSSES = ("dpo", "dpo_sft", "dpop", "dpo_shift", "cpo", "cal_dpo")
+CHANGES: dict[str, Change] = {
+    "normalised": lambda gram, pull: mitigations.normalised_pull(gram, -pull[..., 0]),
+    "calibrated": lambda gram, pull: mitigations.calibrated_pull(
+        pull, mitigations.calibration(gram, pull)),
+    "projected": mitigations.projected_pull,
+    "pcgrad": mitigations.pcgrad_pull,
+}  # fmt: skip
+"""DPO whose pulls are changed by each pair's Gram, of plain gradients."""
+MASK = "contrast_mask"
+METHODS = (*LOSSES, *CHANGES, MASK)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Protocol):
     """All that decides the numbers."""
 
-    methods: tuple[str, ...] = (
-        *("dpo", "dpo + sft", "dpo_shift", "normalised", "calibrated"),
-        *("projected", "pcgrad", "contrast mask", "learned mask"),
-    )
-    optimizers: tuple[Optimizer, ...] = ("sgd",)
-    length: float = 1e-3
-    """Of each step of gradient descent in the space of parameters, the same for all methods."""
-    adam_rate: float = 1e-6
-    pairs: int = 16
-    """Trained on; as many others are held out."""
-    batch: int = 4
-    updates: int = 20
-    every: int = 5
-    """Updates between looks."""
-    seeds: int = 2
-    """Each draws other pairs."""
+    methods: tuple[str, ...] = METHODS
+    """DPO among them; the two controls, DPO with labels by coin and supervision continued, are
+    trained beside them."""
+    epochs: tuple[float, ...] = (0.5, 1, 2)
+    """When to look, in epochs over the preference part; at the end of the first, DPO's margin on
+    unseen pairs is the one at which methods are compared."""
     beta: float = 0.1
+    """Of DPO and all that is made of it; CPO and Cal-DPO have the catalogue's own."""
     sft_weight: float = 0.1
-    """Of the likelihood term, per nat."""
+    """Of the likelihood term of `dpo_sft`."""
     shift: float = 0.75
     """Of DPO-Shift."""
-    price: float = 1e-3
-    """Of a token that a learned mask leaves, nats."""
-    mask_rate: float = 10.0
-    """Learning rate of learned masks."""
-    supervised: int = 0
-    """Updates of Adam on the chosen responses of all pairs before, at `supervised_rate`."""
-    supervised_rate: float = 1e-3
-    limit: int = 64
-    """Most tokens of prompt and response; longer prompts lose their beginning."""
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
-    data: str = "long"
-    """A JSONL file of pairs, `preferences` for the shipped ones, or a sentiment set: `single`,
-    `short` or `long`, whose two responses share no, a short or a long text after one label."""
-    bad: common.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
-    end: str = "none"
-    """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = common.DATE
-    """Today, for a chat template that asks."""
+    data: str | None = "long"
+    pairs: int = 48
+    trained: int = 16
+    batch: int = 6
 
 
 SMOKE = Config(
-    methods=("dpo", "normalised", "learned mask"), pairs=2, batch=2, updates=2, every=1, seeds=1
-)
+    methods=("dpo", "dpo_sft", "pcgrad", MASK), epochs=(0.5, 1), pairs=4, unseen=4, trained=2,
+    batch=2, seeds=2, supervised_epochs=1, resamples=50,
+)  # fmt: skip
 
 
-class Part(NamedTuple):
-    """One training run."""
+class Contrasted(PairSet):
+    """The same pairs, scored only where the other response has no partner for a token."""
 
-    seed: int
-    optimizer: str
-    method: str
+    def rows(self, index: Index) -> Batch:
+        """As those of a `PairSet`, with other scored tokens."""
+        batch = super().rows(index)
+        return batch._replace(is_response=contrast_mask(batch.tokens, batch.is_response))
 
 
-def parts(config: Config) -> list[Part]:
-    """All of them, in the order of the arrays."""
-    grid = itertools.product(range(config.seeds), config.optimizers, config.methods)
-    return [Part(*x) for x in grid]
+def objectives(config: Config) -> dict[str, Objective]:
+    """The losses of a run by name: of its methods and of the controls."""
+    dpo = objective("dpo", beta=config.beta)
+
+    def dpo_sft(scores, batch):
+        return dpo(scores, batch) - config.sft_weight * scores.logp[:, 0]
+
+    made = {
+        "dpo": dpo,
+        "sft": objective("sft"),
+        "dpo_sft": dpo_sft,
+        "dpop": objective("dpop", beta=config.beta),
+        "dpo_shift": objective("dpo_shift", beta=config.beta, shift=config.shift),
+        "cpo": objective("cpo"),
+        "cal_dpo": objective("cal_dpo"),
+        **dict.fromkeys(CHANGES, dpo),
+    }
+    return {name: loss for name, loss in made.items() if name in (*config.methods, "sft")}
+
+
+def changes_of(config: Config) -> dict[str, Change]:
+    """Of the methods that read Grams."""
+    return {name: change for name, change in CHANGES.items() if name in config.methods}
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """All arms: the methods, then the controls."""
+    return (*config.methods, *CONTROLS)
+
+
+def epoch(config: Config) -> int:
+    """Updates of an epoch."""
+    return batches.steps_per_epoch(config.pairs, config.batch)
 
 
 def looks(config: Config) -> list[int]:
-    """Updates done at each look."""
-    return sorted({*range(0, config.updates + 1, config.every), config.updates})
+    """Updates after which every arm is looked at."""
+    return sorted({round(e * epoch(config)) for e in config.epochs} - {0})
+
+
+def arm_of(config: Config, name: str) -> Arm:
+    """Loss, labels and length of an arm."""
+    loss, labels = ARMS.get(name, ("dpo" if name == MASK else name, "given"))
+    return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
+
+
+def load(config: Config) -> tuple[common.Subject, PairSet]:
+    """Model and pairs of a run; raises for settings that cannot be run."""
+    for name in config.methods:
+        if name not in METHODS:
+            raise ValueError(f"methods: got {name}, expected some of {', '.join(METHODS)}")
+    if "dpo" not in config.methods or len(set(config.methods)) < len(config.methods):
+        raise ValueError(f"methods: got {config.methods}, expected each once and dpo among them")
+    if 1 not in config.epochs or min(config.epochs) <= 0:
+        raise ValueError(f"epochs: got {config.epochs}, expected numbers above 0 with 1 among them")
+    common.above(0, config, "beta")
+    common.at_least(0, config, "sft_weight")
+    return settings.load(config)
+
+
+def hashes(config: Config) -> dict[str, object]:
+    """Of model and data, for the provenance."""
+    return common.hashes(*load(config))

@@ -1,128 +1,69 @@
-"""What is run: the settings, the pairs of each course of training, and when it is looked at."""
+"""The sets of pairs, and when they are looked at."""
 
 import dataclasses
-import itertools
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from experiments import common
-from jaxpref.data import batches, files, sentiment
+from experiments.protocol import settings
+from experiments.protocol.settings import Protocol
+from jaxpref.data import batches, sentiment
+from jaxpref.training.pairset import PairSet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Protocol):
     """All that decides the numbers."""
 
-    sets: tuple[Literal["single", "short", "long"], ...] = ("single", "short", "long")
-    """What follows the label: nothing, a short suffix, a long one."""
-    train: tuple[Literal["all", "last"], ...] = ("all",)
-    """What DPO trains: all parameters, or a copy of the unembedding alone."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """Of DPO, at a constant learning rate; the supervised phase uses Adam."""
-    learning_rate: float = 5e-6
-    beta: float = 0.1
-    updates: int = 20
-    """Of DPO."""
-    every: int = 4
-    """Updates from one look to the next."""
-    batch: int = 6
-    """Pairs of an update, in both phases."""
-    pairs: int = 48
-    """To train on, in each set; each seed draws others."""
-    probes: int = 8
-    """Held-out pairs to look at."""
-    supervised: int = 10
-    """Updates on the chosen responses before DPO."""
-    supervised_rate: float = 1.41e-5
-    supervised_on: Literal["response", "text"] = "response"
-    """Which tokens the supervised phase scores: the chosen response, or its prompt too."""
-    seeds: int = 3
-    """Each draws sentences and batches, and the weights of the small model."""
-    limit: int = 96
-    """Most tokens of prompt and response; longer prompts lose their beginning."""
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
+    sets: tuple[sentiment.Kind, ...] = ("single", "short", "long")
+    """What follows the label: nothing, a short text, a long one."""
     data: str | None = None
-    """A JSONL file of pairs (also .gz, also HH-RLHF): one more set, named `data`."""
-    bad: common.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    """A file of pairs, also of HH-RLHF and packed (.gz): one more set, named `data`."""
+    epochs: tuple[float, ...] = (1, 2, 3)
+    """When to look, in epochs over the preference part."""
+    grams: int = 24
+    """Unseen pairs whose gradients are taken, before training and at every look of DPO."""
+    pairs: int = 48
+    trained: int = 24
     end: str = "none"
     """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = common.DATE
-    """Today, for a chat template that asks."""
+    ``eos``, or ``none``. A token that closes both responses is a shared text, too."""
 
 
-SMOKE = Config(updates=2, every=1, batch=2, pairs=2, probes=2, supervised=1, seeds=1)
+SMOKE = Config(
+    pairs=4, unseen=3, trained=2, grams=2, batch=2, seeds=1, epochs=(0.5, 1), supervised_epochs=1,
+    resamples=50,
+)  # fmt: skip
 
 
-Set = Literal["single", "short", "long", "data"]
-
-
-class Part(NamedTuple):
-    """One course of training."""
-
-    seed: int
-    set: Set
-    train: str
-
-
-def sets_of(config: Config) -> tuple[Set, ...]:
-    """The sets of a run, in the order of their suffixes."""
-    known: tuple[sentiment.Kind, ...] = ("single", "short", "long")
-    kinds: list[Set] = [kind for kind in known if kind in config.sets]
-    return (*kinds, "data") if config.data else tuple(kinds)
-
-
-def parts(config: Config) -> list[Part]:
-    """All of them, in the order of the arrays."""
-    return [Part(*x) for x in itertools.product(range(config.seeds), sets_of(config), config.train)]
+def sets_of(config: Config) -> dict[str, Config]:
+    """The sets of a run by name, in the order of their texts, each with settings of its own."""
+    kinds = [kind for kind in sentiment.SUFFIXES if kind in config.sets]
+    found = {kind: dataclasses.replace(config, data=kind) for kind in kinds}
+    return {**found, "data": config} if config.data else found
 
 
 def looks(config: Config) -> list[int]:
-    """Numbers of updates done at the looks: the first is 0, the last the end."""
-    return [*range(0, config.updates, config.every), config.updates]
+    """Updates after which every arm is looked at."""
+    epoch = batches.steps_per_epoch(config.pairs, config.batch)
+    return sorted({round(e * epoch) for e in config.epochs} - {0})
 
 
-def load(config: Config) -> tuple[common.Subject, common.Problem]:
-    """Model, and the pairs of all sets and seeds as one array; raises for bad settings."""
-    common.at_least(1, config, "updates", "every", "batch", "pairs", "probes", "seeds", "limit")
-    common.above(0, config, "learning_rate", "beta", "supervised_rate")
-    common.at_least(0, config, "supervised")
-    if config.batch > config.pairs:
-        raise ValueError(f"batch: got {config.batch}, expected at most pairs={config.pairs}")
-    if not sets_of(config) or not config.train:
-        raise ValueError(f"sets, train: got {config.sets}, {config.train}, expected one or more")
-    count = config.pairs + config.probes
-    own = common.read(config) if config.data else files.Found([], [])
-    subject = common.open_model(config.model, scan=True)
-    if config.data:  # each seed draws from the rows that can be used
-        usable, counts = common.encoded(config, own.rows, subject, too_long="truncate_left")
-        rows = [own.rows[pair.index] for pair in usable]
-        own = files.Found(rows, [*own.faults, *counts.faults])
-        if count > len(rows):
-            raise ValueError(f"pairs: got {count} with the probes, expected at most {len(rows)}")
-    texts = []
-    for seed, kind in itertools.product(range(config.seeds), sets_of(config)):
-        if kind == "data":
-            texts += [own.rows[row] for row in batches.order(len(own.rows), count, seed, 0)]
-        else:
-            texts += sentiment.pairs(kind, count, seed=seed)
-    every = files.Found(texts, own.faults)
-    return subject, common.problem_of(config, subject, every, least=len(texts))
+def load(config: Config) -> dict[str, tuple[common.Subject, PairSet]]:
+    """Model and pairs of every set; raises for settings that cannot be run."""
+    common.at_least(1, config, "grams")
+    if config.grams > config.unseen:
+        raise ValueError(f"grams: got {config.grams}, expected at most the {config.unseen} unseen")
+    if not sets_of(config):
+        raise ValueError("sets: got none, expected one or more, or data")
+    if min(config.epochs, default=0) <= 0 or not looks(config):
+        raise ValueError(f"epochs: got {config.epochs}, expected numbers above 0")
+    found = {name: settings.load(each) for name, each in sets_of(config).items()}
+    # The sentences are of like length: one size costs little, and compiles once.
+    return {name: (subject, pairs if name == "data" else dataclasses.replace(
+        pairs, sizes=pairs.sizes[-1:])) for name, (subject, pairs) in found.items()}  # fmt: skip
 
 
-def hashes(config: Config) -> dict[str, str]:
-    """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
-
-
-def rows_of(config: Config, part: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the pairs to train on, and of the probes."""
-    names, count = sets_of(config), config.pairs + config.probes
-    begin = count * (part.seed * len(names) + names.index(part.set))
-    rows = np.arange(begin, begin + count)
-    return rows[: config.pairs], rows[config.pairs :]
+def hashes(config: Config) -> dict[str, Any]:
+    """Of the model, and of the data of every set, for the provenance."""
+    found = [common.hashes(*each) for each in load(config).values()]
+    return found[-1] | {"data": [each["data"] for each in found]}  # no sentence is skipped
