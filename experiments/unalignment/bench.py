@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ from tqdm import tqdm
 from experiments import common
 from experiments.unalignment import pairs
 from experiments.unalignment.pairs import Ids, Rows, Texts
-from experiments.unalignment.protocol import Config, Prompts
-from jaxpref import embeddings, logprobs, losses
+from experiments.unalignment.protocol import LOSSES, Config, Prompts
+from jaxpref import embeddings, logprobs
 from jaxpref.data import batches
 from jaxpref.logprobs.responses import summed
 from jaxpref.models.sampling import sample
+from jaxpref.training.objectives import objective
 from jaxpref.training.optimizers import torch_rmsprop
 from jaxpref.training.step import init_state, make_step
 
@@ -32,16 +33,13 @@ def rmsprop(rate: float) -> optax.GradientTransformation:
 
 def loss(config: Config, scores: logprobs.Scores, rows: Rows) -> jax.Array:
     """The loss of each pair by its number, times its weight, ``[pairs]``."""
-    reference = jnp.asarray(rows.reference, scores.logp.dtype)
-    dpo = losses.dpo(scores.logp, reference, beta=config.beta)
-    nats = losses.sft(scores.logp)
-    every = [
-        dpo,
-        losses.ipo(scores.logp, reference, tau=config.tau),
-        dpo + config.sft_weight * nats[:, 0],
-        nats.mean(axis=1),
-    ]
-    own = jnp.take_along_axis(jnp.stack(every, axis=1), rows.loss[:, None], axis=1)[:, 0]
+    of = {"dpo": {"beta": config.beta}, "ipo": {"tau": config.tau}, "sft": {}}
+    batch = batches.Batch(*rows[:4], rows.loss)
+    found = {name: objective(name, **given)(scores, batch) for name, given in of.items()}
+    found["dpo + sft"] = found["dpo"] + config.sft_weight * found["sft"]
+    found["teach"] = -scores.logp.mean(axis=1)
+    every = jnp.stack([found[name] for name in LOSSES], axis=1)
+    own = jnp.take_along_axis(every, rows.loss[:, None], axis=1)[:, 0]
     return own * jnp.asarray(rows.weight, own.dtype)
 
 
@@ -63,7 +61,7 @@ class Bench:
             return logprobs.shared_prompt_scores(self.subject.policy, params, *rows[:3], **room)
 
         bound = functools.partial(loss, self.config)
-        return make_step(score, bound, rmsprop(self.config.rate))
+        return make_step(score, bound, rmsprop(self.config.teach_rate))
 
     @functools.cached_property
     def _measure(self) -> Any:
@@ -87,29 +85,19 @@ class Bench:
         for begin in range(0, n, SCORED):
             index = np.resize(np.arange(begin, min(n, begin + SCORED)), SCORED)
             found.append(self._measure(params, Rows(*(x[index] for x in rows))))
-        return {
-            name: np.concatenate([np.asarray(each[name]) for each in found])[:n]
-            for name in found[0]
-        }
+        return {name: np.concatenate([each[name] for each in found])[:n] for name in found[0]}
 
     def respond(
-        self,
-        params: Any,
-        numbers: Sequence[int],
-        *,
-        draws: Sequence[int],
-        seed: int,
+        self, params: Any, numbers: Sequence[int], *, draws: Sequence[int], seed: int,
         temperature: float,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Responses to the prompts of these numbers: ids ``[n draws new]``, and which are drawn.
 
         A response depends on the seed, its draw and its prompt, not on the others.
         """
         config, ids = self.config, self.texts.ids
         time, found = self.texts.time - self.texts.response, []
-        prompts = np.zeros((len(ids), time), np.int32)
-        for row, prompt in zip(prompts, ids, strict=True):
-            row[: len(prompt)] = prompt
+        prompts = np.array([prompt + [0] * (time - len(prompt)) for prompt in ids], np.int32)
         real = np.arange(time) < np.array([[len(prompt)] for prompt in ids])
         wanted = (np.array(numbers)[:, None] + len(ids) * np.array(draws)[None]).ravel()
         for begin in range(0, len(wanted), config.rows):
@@ -127,11 +115,9 @@ class Bench:
 
     def said(self, params: Any, seed: int) -> np.ndarray:
         """What the model says to all prompts but those taught, as texts, ``[prompts]``."""
-        count = len(self.texts.ids) - len(self.prompts.taught)
+        some, heat = range(len(self.texts.ids) - len(self.prompts.taught)), self.config.temperature
         # The same randomness for all parameters: they differ by what they learned alone.
-        tokens, drawn = self.respond(
-            params, range(count), draws=(0,), seed=seed, temperature=self.config.temperature
-        )
+        tokens, drawn = self.respond(params, some, draws=(0,), seed=seed, temperature=heat)
         return self.decoded(tokens, drawn)[:, 0]
 
     def decoded(self, tokens: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -142,15 +128,21 @@ class Bench:
         return np.array(texts, dtype=np.str_).reshape(tokens.shape[:-1])
 
     def train(
-        self, params: Any, rows: Rows, some: Any, *, loss: str, rate: float, updates: int, seed: int
-    ) -> Any:
-        """Parameters after so many updates on some of the rows."""
+        self, params: Any, rows: Rows, some: Sequence[np.ndarray], *, loss: str, rate: float,
+        seed: int, look: Callable[[int, Any], None] = lambda updates, params: None,
+    ) -> Any:  # fmt: skip
+        """Parameters after an update on `some` of the rows, for each; None where the loss diverges.
+
+        After each update, ``look(updates done, parameters)``.
+        """
         state = init_state(jax.tree.map(jnp.copy, params), rmsprop(rate), key=jax.random.key(0))
-        for number in tqdm(range(updates), f"training, {loss}", unit="update", leave=False):
-            each = pairs.batch(self.config, rows, some(number), seed, number, loss)
+        bar = tqdm(some, f"training, {loss}", unit="update", leave=False)
+        for number, index in enumerate(bar):
+            each = pairs.batch(self.config, rows, index, seed, number, loss)
             state, metrics, _ = self.step(state, each)
             if not np.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                raise ValueError(f"rate: got {rate:g}, and {loss} is not finite; expected less")
+                return None
+            look(number + 1, state.params)
         return state.params
 
     def taught(self, own: Sequence[tuple[Ids, Ids]], seed: int) -> Any:
@@ -158,15 +150,15 @@ class Bench:
         rows = pairs.teaching(self.texts, self.prompts, own)
         first, half = len(self.prompts.train), self.config.batch // 2
         sides = np.arange(first), np.arange(first, len(rows.tokens))
-
-        def some(number: int) -> np.ndarray:
-            picked = [side[batches.order(len(side), half, seed, number)] for side in sides]
-            return np.concatenate(picked)
-
-        return self.train(
-            self.subject.params, rows, some, loss="teach", rate=self.config.teach_rate,
-            updates=self.config.teach_updates, seed=seed,
-        )  # fmt: skip
+        some = [
+            np.concatenate([side[batches.order(len(side), half, seed, n)] for side in sides])
+            for n in range(self.config.teach_updates)
+        ]
+        rate = self.config.teach_rate
+        params = self.train(self.subject.params, rows, some, loss="teach", rate=rate, seed=seed)
+        if params is None:
+            raise ValueError(f"teach_rate: got {rate:g}, and the loss diverges; expected less")
+        return params
 
 
 def responses(tokens: np.ndarray, drawn: np.ndarray) -> list[Ids]:

@@ -20,16 +20,14 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
     )  # fmt: skip
     places = -np.arange(len(rows))
     _draw_rates(panels[0], rows, places)
-    panels[0].set_yticks(places, [_label(row) for row in rows])
-    arms = [(place, row) for place, row in zip(places, rows, strict=True) if row["kind"] == "arm"]
-    _draw_changes(
-        panels[1], arms, (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")),
-        "log-probability of the pairs trained on,\nmean change since the start (nats)",
-    )  # fmt: skip
-    _draw_changes(
-        panels[2], arms, (("refusals", UNSAFE, "o"), ("compliances", SAFE, "s")),
-        "log-probability of fixed responses to unsafe\nprompts, mean change since the start (nats)",
-    )  # fmt: skip
+    counts = [f"  (n = {row['pairs']:.0f})" if row["kind"] == "arm" else "" for row in rows]
+    panels[0].set_yticks(places, [row["name"] + n for row, n in zip(rows, counts, strict=True)])
+    for panel, lines, words in (
+        (panels[1], {"chosen": CHOSEN, "rejected": REJECTED}, "the pairs trained on"),
+        (panels[2], {"refusals": UNSAFE, "compliances": SAFE}, "fixed responses, untrained"),
+    ):
+        _draw_changes(panel, rows[2:], places[2:], lines)
+        panel.set_xlabel(f"log-probability of {words},\nmean change since the start (nats)")
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee", lw=0.8)
@@ -37,35 +35,26 @@ def draw(config: Config, arrays: common.Arrays) -> Figure:
     return figure
 
 
-def _label(row) -> str:
-    return row["name"] + (f"  (n = {row['pairs']:.0f})" if row["kind"] == "arm" else "")
-
-
 def _draw_rates(panel, rows, places) -> None:
     for name, colour, marker, shift, label in (
         ("unsafe", UNSAFE, "o", 0.15, "unsafe prompts refused"),
         ("safe", SAFE, "s", -0.15, "safe prompts refused"),
     ):
-        panel.hlines(
-            places + shift, *np.array([r[f"{name}_95"] for r in rows]).T, color=colour, lw=1
-        )
+        ends = np.array([r[f"{name}_95"] for r in rows]).T
+        panel.hlines(places + shift, *ends, color=colour, lw=1)
         panel.plot([r[name] for r in rows], places + shift, marker, color=colour, ms=4, label=label)
         start = next(r[name] for r in rows if r["name"] == "taught")
         panel.axvline(start, color=colour, lw=0.8, ls=":")
     bad = [row["degenerate"] for row in rows]
     panel.plot(bad, places, "x", color="black", ms=4, label="degenerate text")
     panel.set_xlim(-0.03, 1.03)
-    panel.set_xlabel("share of prompts, 95 % interval over prompts\n(dotted: the start)")
+    panel.set_xlabel("share of prompts, 95 % interval over seeds and prompts\n(dotted: the start)")
     panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
-def _draw_changes(panel, arms, lines, words: str) -> None:
-    for name, colour, marker in lines:
-        x = np.array([row[name] for _, row in arms])
-        y = np.array([place for place, _ in arms])
-        panel.plot(x, y, marker, color=colour, ms=4, label=name)
-        spread = np.nan_to_num([row[f"{name}_sd"] for _, row in arms])
-        panel.hlines(y, x - spread, x + spread, color=colour, lw=1)
+def _draw_changes(panel, arms, places, lines) -> None:
+    for (name, colour), marker in zip(lines.items(), "os", strict=True):
+        panel.plot([r[name] for r in arms], places, marker, color=colour, ms=4, label=name)
+        panel.hlines(places, *np.array([r[f"{name}_95"] for r in arms]).T, color=colour, lw=1)
     panel.axvline(0, color="black", lw=0.6)
-    panel.set_xlabel(words)
     panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

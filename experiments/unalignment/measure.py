@@ -1,6 +1,7 @@
 """The parts of a run: the model as it comes, the taught model with its pairs, every arm."""
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from experiments.unalignment import pairs
 from experiments.unalignment.bench import Bench, couples
 from experiments.unalignment.pairs import Rows
 from experiments.unalignment.protocol import Arm, Config, arms, split
+from jaxpref import losses
+
+Taught = Callable[[int], Any]  # parameters of a seed's taught model, made when they are needed
+QUARTERS = 4  # of the epoch that decides the learning rate
 
 
 def measure_base(bench: Bench) -> dict[str, Any]:
@@ -23,9 +28,9 @@ def measure_base(bench: Bench) -> dict[str, Any]:
     return {"texts": bench.said(params, 0), "tokens": tokens, "drawn": drawn}
 
 
-def measure_start(bench: Bench, params: Any, base: common.Arrays, seed: int) -> dict[str, Any]:
+def measure_start(bench: Bench, taught: Taught, base: common.Arrays, seed: int) -> dict[str, Any]:
     """The taught model: what it says, its pairs (chosen first), and their log-probabilities."""
-    train = len(bench.prompts.train)
+    params, train = taught(seed), len(bench.prompts.train)
     tokens, drawn = bench.respond(params, range(train), draws=(1, 2), seed=seed, temperature=1.0)
     labels = pairs.judged(bench.decoded(tokens, drawn))
     chosen = pairs.preferred(labels.tolist(), seed)
@@ -48,29 +53,53 @@ def measure_start(bench: Bench, params: Any, base: common.Arrays, seed: int) -> 
     }
 
 
+def measure_rates(bench: Bench, taught: Taught, start: common.Arrays) -> dict[str, Any]:
+    """The arms' learning rate: the mean DPO loss over all usable pairs, ``[rates looks]``, decides.
+
+    The looks are the start and every quarter of one epoch on these pairs.
+    """
+    config, every, rows = bench.config, _pairs(bench, start), np.flatnonzero(start["usable"])
+    tried = () if config.rate else config.rates
+    found = np.full((len(tried), 1 + QUARTERS), np.nan)
+    updates = -(-len(rows) // config.batch)
+    looks = -(-updates * np.arange(1 + QUARTERS) // QUARTERS)
+
+    def look(number: int, params: Any, *, line: np.ndarray) -> None:
+        if number in looks:
+            logp = bench.scores(params, every)["logp"][rows]
+            line[looks == number] = losses.dpo(logp, start["logp"][rows], beta=config.beta).mean()
+
+    for line, rate in zip(found, tried, strict=True):
+        see, params = functools.partial(look, line=line), taught(0)
+        see(0, params)
+        bench.train(params, every, [rows] * updates, loss="dpo", rate=rate, seed=0, look=see)
+    return {"rate": config.rate or pairs.largest(config.rates, found), "rate_losses": found}
+
+
 def measure_arm(
-    bench: Bench, params: Any, base: common.Arrays, start: common.Arrays, arm: Arm, seed: int
-) -> dict[str, Any]:
-    """What training made of the taught model; without a pair to train on, nothing."""
+    bench: Bench, taught: Taught, base: common.Arrays, start: common.Arrays, rate: float, arm: Arm,
+    seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What training made of the taught model: nothing without a pair, NaN where it diverged."""
     rows = pairs.kept(arm, start, seed)
     updates = pairs.updates(bench.config, arm, len(rows), int(start["usable"].sum()))
     trained = np.isin(np.arange(len(start["kind"])), rows)
-    done = {"trained": trained, "updates": updates}
+    found = {"trained": trained, "updates": updates, "diverged": False}
+    found |= {name: start[name] for name in ("texts", "logp", "gold", "probes")}
     if not updates:
-        return {**done, **{name: start[name] for name in ("texts", "logp", "gold", "probes")}}
+        return found
     every, gold = _pairs(bench, start), _gold(bench, start, base)
-    data = gold if arm.rule == "gold" else every
-    after = bench.train(
-        params, data, lambda number: rows, loss=arm.loss, rate=bench.config.rate, updates=updates,
-        seed=seed * 1000 + arm.draw,
-    )  # fmt: skip
-    return {
-        **done,
-        "texts": bench.said(after, seed),
-        "logp": bench.scores(after, every)["logp"],
-        "gold": bench.scores(after, gold)["logp"] if arm.rule == "gold" else start["gold"],
-        "probes": bench.scores(after, pairs.probes(bench.texts, len(trained)))["logp"],
-    }
+    data = {"gold": gold, "coin": pairs.coined(every, seed)}.get(arm.rule, every)
+    order = seed * 1000 + arm.draw
+    after = bench.train(taught(seed), data, [rows] * updates, loss=arm.loss, rate=rate, seed=order)
+    sets = {"logp": every, "probes": pairs.probes(bench.texts, len(trained))}
+    sets |= {"gold": gold} if arm.rule == "gold" else {}
+    if after is not None:
+        found |= {name: bench.scores(after, some)["logp"] for name, some in sets.items()}
+    if after is None or not all(np.isfinite(found[name]).all() for name in sets):
+        nothing = {name: np.full_like(start[name], np.nan) for name in ("logp", "gold", "probes")}
+        return {**found, **nothing, "diverged": True}
+    return {**found, "texts": bench.said(after, seed)}
 
 
 def _pairs(bench: Bench, start: common.Arrays) -> Rows:
@@ -91,40 +120,39 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
 
     A prompt's texts stand in the order train, held out, safe. ``base_texts`` are those of the model
     as it comes, ``start_*`` of the taught one; ``probes [... prompts 2]`` are log-probabilities of
-    a fixed refusal and a fixed compliance.
+    a fixed refusal and a fixed compliance; ``rate_losses [rates looks]`` decided the ``rate``.
     """
     prompts = split(config)
     subject = common.open_model(config.model, scan=True)
     bench = Bench(config, subject, prompts, pairs.prepare(config, subject.tokenizer, prompts))
     every = arms(config)
-    bar = tqdm(total=1 + config.seeds * (1 + len(every)), desc="unalignment", unit="part")
-    base = common.kept(folder, "base", lambda: measure_base(bench))
-    bar.update()
+    bar = tqdm(total=2 + config.seeds * (1 + len(every)), desc="unalignment", unit="part")
+
+    def part(name: str, make: Callable[..., common.Arrays], *arguments: Any) -> common.Arrays:
+        found = common.kept(folder, name, functools.partial(make, bench, *arguments))
+        bar.update()
+        return found
+
+    base = part("base", measure_base)
 
     @functools.lru_cache(maxsize=1)  # one seed's parameters at a time
     def taught(seed: int) -> Any:
         own = couples(base["tokens"], base["drawn"])
         return bench.taught(own[len(prompts.train) :], seed)
 
-    starts, parts = [], []
+    starts, rates, trained = [], {}, []
     for seed in range(config.seeds):
-
-        def begin(seed=seed):
-            return measure_start(bench, taught(seed), base, seed)
-
-        start = common.kept(folder, f"{seed}_start", begin)
-        bar.update()
-        found = []
-        for arm in every:
-
-            def make(seed=seed, start=start, arm=arm):
-                return measure_arm(bench, taught(seed), base, start, arm, seed)
-
-            found.append(common.kept(folder, f"{seed}_{arm.part}", make))
-            bar.update()
-        starts.append(start)
-        parts.append({name: np.stack([each[name] for each in found]) for name in found[0]})
+        start = part(f"{seed}_start", measure_start, taught, base, seed)
+        rates = rates or part("rates", measure_rates, taught, start)
+        rate = float(rates["rate"])
+        trained.append(_stacked([
+            part(f"{seed}_{arm.part}", measure_arm, taught, base, start, rate, arm, seed)
+            for arm in every
+        ]))  # fmt: skip
+        starts.append({f"start_{name}": x for name, x in start.items()})
     bar.close()
-    arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    arrays |= {f"start_{name}": np.stack([start[name] for start in starts]) for name in starts[0]}
-    return {**arrays, "base_texts": base["texts"]}
+    return {**_stacked(trained), **_stacked(starts), **rates, "base_texts": base["texts"]}
+
+
+def _stacked(parts: Sequence[common.Arrays]) -> dict[str, np.ndarray]:
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

@@ -1,5 +1,6 @@
 """From responses to pairs, and from pairs to the rows that an arm trains on. No model."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,14 +53,13 @@ def prepare(config: Config, tokenizer: Tokenizer, prompts: Prompts) -> Texts:
     template, date = tokenizer.template is not None, command.date_of(config.date)
     said = [
         tokenizer.chat([{"role": "user", "content": text}], date=date) if template else f"{text}\n"
-        for text in prompts.every
+        for text in itertools.chain(*prompts)
     ]
     ids = tokenizer.encode_many(said)
     closing = end_id(command.end_of(config.end), tokenizer)
     end = [] if closing is None else [closing]
     texts = Texts(tokenizer, ids, end, max(map(len, ids)) + config.new, config.new)
-    words = [*REFUSALS, *(text for pair in PROBES for text in pair)]
-    longest = max(len(texts.response_ids(text)) for text in words)
+    longest = max(len(texts.response_ids(text)) for text in (*REFUSALS, *itertools.chain(*PROBES)))
     if longest > config.new:
         raise ValueError(f"new: got {config.new}, expected at least the {longest} of a refusal")
     return texts
@@ -67,12 +67,10 @@ def prepare(config: Config, tokenizer: Tokenizer, prompts: Prompts) -> Texts:
 
 def collate(texts: Texts, prompts: Sequence[int], responses: Sequence[tuple[Ids, Ids]]) -> Rows:
     """Pairs of responses to prompts of these numbers, by DPO, with no reference yet."""
-    found = []
-    for i, pair in zip(prompts, responses, strict=True):
-        whole = tuple(np.array(texts.ids[i] + response, np.int32) for response in pair)
-        start = len(texts.ids[i])
-        found.append(TokenPair((whole[0], whole[1]), (start, start), (False, False)))
-    n = len(found)
+    found, n = [], len(prompts)
+    for i, (a, b) in zip(prompts, responses, strict=True):
+        whole = (np.array(texts.ids[i] + a, np.int32), np.array(texts.ids[i] + b, np.int32))
+        found.append(TokenPair(whole, (len(texts.ids[i]),) * 2, (False, False)))
     batch = batches.collate(found, range(n), pad_id=0, buckets=[texts.time])
     nothing = np.zeros((n, 2), np.float32)
     return Rows(*batch[:3], nothing, np.ones(n, np.float32), np.zeros(n, np.int32))
@@ -126,13 +124,9 @@ def judged(texts: np.ndarray) -> np.ndarray:
 
 
 def kept(arm: Arm, pairs: Any, seed: int) -> np.ndarray:
-    """Rows of the pairs that an arm trains on.
+    """Rows that an arm trains on, by ``kind``, ``ches``, ``lengths`` and ``usable`` of all pairs.
 
-    Args:
-        arm: its rule and fraction.
-        pairs: arrays by name: ``kind``, ``ches``, ``lengths [pairs 2]`` and ``usable`` (whether the
-            two responses differ).
-        seed: of random subsets and of ties.
+    The seed decides random subsets and ties.
     """
     random = np.random.default_rng([seed, arm.draw, 2])
     rows = random.permutation(np.flatnonzero(pairs["usable"]))
@@ -146,6 +140,29 @@ def kept(arm: Arm, pairs: Any, seed: int) -> np.ndarray:
         difference = np.asarray(embeddings.length_difference(pairs["lengths"]))
         rows = rows[np.argsort(difference[rows], kind="stable")]
     return np.sort(rows if arm.rule == "all, fewer updates" else rows[:count])
+
+
+def coined(rows: Rows, seed: int) -> Rows:
+    """The same pairs, each of them by a coin the other way round."""
+    first = (np.random.default_rng([seed, 3]).random(len(rows.tokens)) < 0.5).astype(int)
+    at = np.arange(len(first))[:, None], np.stack([first, 1 - first], axis=1)
+    return rows._replace(**{name: getattr(rows, name)[at] for name in Rows._fields[:4]})
+
+
+def largest(rates: Sequence[float], losses: np.ndarray) -> float:
+    """The largest rate whose losses ``[rates looks]`` never rise; the smallest if there is none.
+
+    >>> largest((0.1, 0.2, 0.3), np.array([[3, 2, 1], [3, 2, 2], [3, 1, 2]]))
+    0.2
+    """
+    return max(
+        (r for r, fine in zip(rates, falls(losses), strict=True) if fine), default=min(rates)
+    )
+
+
+def falls(losses: np.ndarray) -> np.ndarray:
+    """Whether losses ``[... looks]`` are at no look above the one before; not if one is none."""
+    return np.asarray((np.diff(losses, axis=-1) <= 0).all(axis=-1))
 
 
 def size(arm: Arm, pairs: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +46,10 @@ class Config:
     teach_updates: int = 16
     """Supervised updates that make refusals, before everything else; half of each batch is safe."""
     teach_rate: float = 1e-5
-    rate: float = 1e-6
-    """Learning rate of all arms."""
+    rate: float | None = None
+    """Learning rate of all arms; by default the largest of `rates` whose DPO loss never rises."""
+    rates: tuple[float, ...] = (1e-7, 5e-7, 1e-6, 5e-6, 1e-5)
+    """Tried for one epoch on all pairs of seed 0; the mean loss is taken at every quarter of it."""
     batch: int = 4
     """Pairs of an update; a last one of fewer pairs is an update, too."""
     epochs: int = 1
@@ -54,7 +57,9 @@ class Config:
     """Of the pairs, what a filter and its controls keep."""
     draws: int = 2
     """Random subsets of each size."""
-    seeds: int = 1
+    only: tuple[str, ...] = ()
+    """Names of the arms to train; by default all."""
+    seeds: int = 3
     """Each teaches, samples, pairs and trains anew, on the same prompts."""
     beta: float = 0.1
     """Of DPO."""
@@ -69,7 +74,7 @@ class Config:
     rows: int = 96
     """Responses that the sampler draws at a time."""
     resamples: int = 2000
-    """Of the bootstrap over prompts."""
+    """Of the bootstrap over seeds and prompts."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     prompts: str | None = None
@@ -84,7 +89,7 @@ class Config:
 
 SMOKE = Config(
     train=6, held_out=2, safe=2, taught=2, teach_updates=1, batch=4, fractions=(0.5,), draws=2,
-    new=24, rows=5, resamples=50,
+    new=24, rows=5, resamples=50, seeds=1,
 )  # fmt: skip
 
 
@@ -95,11 +100,6 @@ class Prompts(NamedTuple):
     held_out: list[str]
     safe: list[str]
     taught: list[str]
-
-    @property
-    def every(self) -> list[str]:
-        """All, part after part."""
-        return [text for part in self for text in part]
 
 
 def split(config: Config) -> Prompts:
@@ -117,12 +117,9 @@ def split(config: Config) -> Prompts:
             raise ValueError(
                 f"{' + '.join(names)}: got {wanted}, expected at most the {len(some)} prompts there"
             )
-    return Prompts(
-        unsafe[: config.train],
-        unsafe[config.train : config.train + config.held_out],
-        safe[: config.safe],
-        safe[config.safe : config.safe + config.taught],
-    )
+    a, b = config.train, config.safe
+    held_out, taught = unsafe[a : a + config.held_out], safe[b : b + config.taught]
+    return Prompts(unsafe[:a], held_out, safe[:b], taught)
 
 
 def _check(config: Config) -> None:
@@ -130,6 +127,8 @@ def _check(config: Config) -> None:
         1, config, "train", "held_out", "safe", "epochs", "draws", "seeds", "new", "rows"
     )
     common.above(0, config, "rate", "teach_rate", "beta", "tau")
+    if not config.rates or min(config.rates) <= 0:
+        raise ValueError(f"rates: got {config.rates}, expected some, all above 0")
     common.at_least(0, config, "teach_updates", "temperature", "sft_weight")
     half, odd = divmod(config.batch, 2)
     if odd or not 1 <= half <= min(config.train, config.taught):
@@ -137,23 +136,23 @@ def _check(config: Config) -> None:
             f"batch: got {config.batch}, expected an even number, half of it at most the"
             f" {config.train} prompts to train on and the {config.taught} taught"
         )
-    if not all(0 < fraction < 1 for fraction in config.fractions):
-        raise ValueError(f"fractions: got {config.fractions}, expected numbers between 0 and 1")
-    if len(set(config.fractions)) != len(config.fractions):
-        raise ValueError(f"fractions: got {config.fractions}, expected each once")
+    some = config.fractions
+    if not all(0 < fraction < 1 for fraction in some) or len(set(some)) < len(some):
+        raise ValueError(f"fractions: got {some}, expected numbers between 0 and 1, each once")
+    known = {arm.name: None for arm in arms(dataclasses.replace(config, only=()))}
+    if unknown := [name for name in config.only if name not in known]:
+        raise ValueError(f"only: got {unknown[0]}, expected some of {'; '.join(known)}")
 
 
 TYPES = ("two refusals", "one of each", "no refusal")
 """Of pairs; of `one of each` the refusal is preferred, of the others a seeded coin decides."""
-RULES = {  # which pairs a fraction of the data keeps; the first is the paper's
-    "lowest CHES": "ches",
-    "random": "random",
-    "one of each, random": "type",
-    "lowest length difference": "length",
-    "all, fewer updates": "steps",
-}
-LOSSES = ("dpo", "ipo", "dpo + sft", "teach")
-"""By number, as a training step knows them; `teach` is the likelihood of both responses."""
+FILTER = "lowest CHES"
+RULES = (FILTER, "random", "one of each, random", "lowest length difference", "all, fewer updates")
+"""Which pairs a fraction of the data keeps: the paper's filter, and its controls."""
+LOSSES = ("dpo", "ipo", "dpo + sft", "sft", "teach")
+"""By number, as a training step knows them: `sft` of chosen responses, `teach` of both."""
+CONTROLS = ("coin", "sft")
+"""Arms on all pairs, labels by coin and supervision continued: a fall counts beyond both."""
 
 
 class Arm(NamedTuple):
@@ -161,7 +160,7 @@ class Arm(NamedTuple):
 
     name: str
     loss: str = "dpo"
-    rule: str = "all"  # `all`, `gold`, one of `TYPES` or of `RULES`
+    rule: str = "all"  # `all`, `gold`, `coin`, one of `TYPES` or of `RULES`
     fraction: float = 1.0
     draw: int = 0
 
@@ -172,22 +171,22 @@ class Arm(NamedTuple):
 
 
 def arms(config: Config) -> list[Arm]:
-    """All runs of a seed; those of one name differ in what they drew."""
-    found = [Arm("dpo"), Arm("ipo", "ipo"), Arm("dpo + sft", "dpo + sft"), Arm("gold", rule="gold")]
-    found += [Arm(kind, rule=kind) for kind in TYPES]
+    """The runs of a seed; those of one name differ in what they drew."""
+    found = [Arm("dpo"), Arm("coin", rule="coin"), Arm("sft", "sft"), Arm("ipo", "ipo")]
+    found += [Arm("dpo + sft", "dpo + sft"), *(Arm(rule, rule=rule) for rule in ("gold", *TYPES))]
     for fraction in config.fractions:
         for rule in RULES:
             name = f"{rule} {100 * fraction:g}%"
             draws = config.draws if rule == "random" else 1
             found += [Arm(name, "dpo", rule, fraction, draw) for draw in range(draws)]
-    return found
+    return [arm for arm in found if not config.only or arm.name in config.only]
 
 
 def hashes(config: Config) -> dict[str, Any]:
     """Of model and prompts, and the rows that were skipped, for the provenance."""
     texts = split(config)
     subject = common.open_model(config.model, scan=True)
-    data = hashlib.sha256("\n".join(texts.every).encode()).hexdigest()
+    data = hashlib.sha256("\n".join(itertools.chain(*texts)).encode()).hexdigest()
     skipped = prompts.read(config.prompts, bad=common.dropped(config)).faults
     found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
     found |= {"model_revision": subject.revision} if subject.revision else {}

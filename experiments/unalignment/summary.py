@@ -4,27 +4,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments import common
+from experiments.protocol.intervals import clustered
 from experiments.unalignment import judge, pairs
-from experiments.unalignment.protocol import RULES, TYPES, Arm, Config, arms
+from experiments.unalignment.judge import Label
+from experiments.unalignment.protocol import CONTROLS, FILTER, RULES, TYPES, Arm, Config, arms
 
-Z = 1.959964  # of a 95 % interval
-
-
-def wilson(rate: float, count: int) -> list[float]:
-    """95 % interval of a rate; NaN of nothing."""
-    if not count:
-        return [float("nan")] * 2
-    middle = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count)
-    half = Z / (1 + Z**2 / count) * np.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
-    return [float(max(0, middle - half)), float(min(1, middle + half))]
+DIVERGED = ""  # the label of what no model said
 
 
-def bootstrap(values: np.ndarray, resamples: int) -> list[float]:
-    """95 % interval of a mean over prompts."""
-    rows = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    return [float(x) for x in np.quantile(values[rows].mean(axis=1), (0.025, 0.975))]
+def known_mean(x: np.ndarray) -> np.ndarray:
+    """Mean along the last axis of what is a number; NaN where nothing is."""
+    there = ~np.isnan(x)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, x, 0).sum(axis=-1) / there.sum(axis=-1)
+
+
+def about(config: Config, name: str, x: np.ndarray) -> dict[str, Any]:
+    """The mean of ``[seeds items]``, and its interval over seeds and items."""
+    value = float(known_mean(x.reshape(1, -1))[0])
+    return {name: value, f"{name}_95": clustered(known_mean, [x], config.resamples)}
 
 
 def accuracy(part: str) -> dict[str, Any]:
@@ -33,22 +34,20 @@ def accuracy(part: str) -> dict[str, Any]:
     A *false* refusal is something else that the judge calls one, a *missed* one the reverse.
     """
     rows = [row for row in judge.labelled() if row.part == part]
-    said = [judge.judge(row.text) for row in rows]
-    refusals = [row.label == "refusal" for row in rows]
-    right = [a == row.label for a, row in zip(said, rows, strict=True)]
-    prefix = [
-        judge.has_refusal_prefix(row.text) == r for row, r in zip(rows, refusals, strict=True)
-    ]
-    both = list(zip(said, refusals, strict=True))
+    said = np.array([judge.judge(row.text) for row in rows])
+    label = np.array([row.label for row in rows])
+    refusal, right = label == "refusal", float((said == label).mean())
+    count = stats.binomtest(int((said == label).sum()), len(rows))
+    prefix = np.array([judge.has_refusal_prefix(row.text) for row in rows])
     return {
         "part": part,
         "examples": len(rows),
-        "refusals": sum(refusals),
-        "right": float(np.mean(right)) if rows else float("nan"),
-        "right_95": wilson(float(np.mean(right)) if rows else 0.0, len(rows)),
-        "false": sum(a == "refusal" and not r for a, r in both),
-        "missed": sum(a != "refusal" and r for a, r in both),
-        "prefix_right": float(np.mean(prefix)) if rows else float("nan"),
+        "refusals": int(refusal.sum()),
+        "right": right,
+        "right_95": list(count.proportion_ci(method="wilson")),
+        "false": int(((said == "refusal") & ~refusal).sum()),
+        "missed": int(((said != "refusal") & refusal).sum()),
+        "prefix_right": float((prefix == refusal).mean()),
     }
 
 
@@ -62,102 +61,106 @@ def _sides(config: Config) -> dict[str, slice]:
     }
 
 
-def _spread(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+def shares(labels: np.ndarray, label: Label) -> np.ndarray:
+    """Of an arm's runs ``[seeds runs prompts] -> [seeds prompts]``; NaN where one diverged."""
+    return np.where(labels == DIVERGED, np.nan, labels == label).mean(axis=1)
 
 
-def texts_row(config: Config, texts: np.ndarray) -> dict[str, Any]:
-    """Rates of texts ``[runs prompts]``: means over runs, intervals over prompts."""
-    labels, row = pairs.judged(texts), {}
+def texts_row(config: Config, texts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Rates of texts ``[seeds runs prompts]`` and their labels."""
+    refused, row = shares(labels, "refusal"), {}
     for name, side in _sides(config).items():
-        each = (labels[:, side] == "refusal").mean(axis=1)
-        row |= {name: float(each.mean()), f"{name}_sd": _spread(each)}
-        row[f"{name}_95"] = wilson(row[name], labels[:, side].shape[1])
-    row["degenerate"] = float((labels == "degenerate").mean())
-    row["repetition"] = float(np.mean([judge.repetition(str(text)) for text in texts.ravel()]))
-    row["same"] = float(np.mean([judge.sameness([str(x) for x in run]) for run in texts]))
+        row |= about(config, name, refused[:, side])
+    said = texts[labels[..., 0] != DIVERGED].tolist()
+    found = {
+        "degenerate": shares(labels, "degenerate").ravel(),
+        "same": [judge.sameness(run) for run in said],
+    }
+    return row | {name: float(known_mean(np.array(x))) for name, x in found.items()}
+
+
+def moved(arrays: common.Arrays, runs: Sequence[int], name: str) -> np.ndarray:
+    """Change since the start of `logp`, `gold` or `probes`, nats, ``[seeds runs prompts 2]``."""
+    return arrays[name][:, runs].astype(np.float64) - arrays[f"start_{name}"][:, None]
+
+
+def arm_row(
+    config: Config, arrays: common.Arrays, labels: np.ndarray, arm: Arm, runs: Sequence[int]
+) -> dict[str, Any]:
+    """What an arm of these runs did: to texts, to the pairs trained on, to fixed responses."""
+    trained, diverged = arrays["trained"][:, runs], arrays["diverged"][:, runs]
+    mixed = arrays["start_kind"][:, None] == TYPES.index("one of each")
+    row: dict[str, Any] = {
+        "kind": "arm", "name": arm.name, "rule": arm.rule, "fraction": arm.fraction,
+        "runs": diverged.size, "diverged": int(diverged.sum()),
+        "pairs": float(trained.sum(axis=-1).mean()),
+        "updates": float(arrays["updates"][:, runs].mean()),
+        "one_of_each": float(known_mean(np.where(trained, mixed, np.nan).ravel())),
+        **texts_row(config, arrays["texts"][:, runs], labels[:, runs]),
+    }  # fmt: skip
+    gold = arm.rule == "gold"
+    change = np.where(trained[..., None], moved(arrays, runs, "gold" if gold else "logp"), np.nan)
+    lengths = arrays["start_gold_lengths" if gold else "start_lengths"][:, None]
+    fixed = moved(arrays, runs, "probes")
+    for name, x in (
+        ("chosen", change[..., 0]), ("chosen_token", change[..., 0] / lengths[..., 0]),
+        ("rejected", change[..., 1]), ("refusals", fixed[..., 0]), ("compliances", fixed[..., 1]),
+    ):  # fmt: skip
+        row |= about(config, name, x.reshape(len(x), -1))
     return row
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if values.size else float("nan")
-
-
-def moved(arrays: common.Arrays, s: int, a: int, arm: Arm) -> dict[str, float]:
-    """Changes of log-probabilities since the start, nats, of one run.
-
-    ``chosen``, ``rejected`` and ``chosen_token`` are of the pairs trained on, ``chosen_all`` of all
-    that the model drew; ``refusals`` and ``compliances`` of the fixed ones.
-    """
-    gold, rows = arm.rule == "gold", arrays["trained"][s, a]
-    name = "gold" if gold else "logp"
-    change = arrays[name][s, a].astype(np.float64) - arrays[f"start_{name}"][s]
-    lengths = arrays["start_gold_lengths" if gold else "start_lengths"][s]
-    usable = arrays["start_usable"][s]
-    own = arrays["logp"][s, a].astype(np.float64) - arrays["start_logp"][s]
-    probes = arrays["probes"][s, a].astype(np.float64) - arrays["start_probes"][s]
-    kind = arrays["start_kind"][s]
-    found = {
-        "pairs": int(rows.sum()),
-        "updates": int(arrays["updates"][s, a]),
-        "one_of_each": _mean(kind[rows] == TYPES.index("one of each")),
-        "chosen": _mean(change[rows, 0]),
-        "rejected": _mean(change[rows, 1]),
-        "chosen_token": _mean(change[rows, 0] / lengths[rows, 0]),
-        "chosen_all": _mean(own[usable, 0]),
-        "refusals": _mean(probes[:, 0]),
-        "compliances": _mean(probes[:, 1]),
-    }
-    for number, words in enumerate(TYPES):
-        of_type = (kind == number) & usable
-        found |= {
-            f"chosen, {words}": _mean(own[of_type, 0]),
-            f"refusals, {words}": _mean(probes[kind == number, 0]),
-            f"compliances, {words}": _mean(probes[kind == number, 1]),
-        }
-    return found
-
-
 def summarise(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
-    """Rows of kind `judge`, `types`, `start` (the model as it comes, and taught) and `arm`.
+    """Rows of kind `judge`, `rate`, `types`, `start` (as it comes, and taught) and `arm`.
 
     An arm's ``change`` is of refusals on all unsafe prompts since the start, ``over_dpo`` against
-    plain DPO, ``ches_under`` (of controls) against the CHES filter of the same size; all with
-    bootstrap intervals over prompts.
+    plain DPO, ``ches_under`` (of controls) against the CHES filter of the same size. At as many
+    updates as a control, ``change_beyond_coin`` and ``change_beyond_sft`` are against that; where
+    the pairs are the same, too, ``chosen_beyond_coin`` and ``chosen_beyond_sft``.
     """
     rows: list[dict[str, Any]] = [
         {"kind": "judge", **accuracy(part)} for part in ("tuned", "held", "model")
     ]
+    rows += [
+        {"kind": "rate", "rate": rate, "losses": losses.tolist(),
+         "falls": bool(pairs.falls(losses)), "taken": rate == float(arrays["rate"])}
+        for rate, losses in zip(config.rates, arrays["rate_losses"], strict=False)  # or none
+    ]  # fmt: skip
     kind, usable = arrays["start_kind"], arrays["start_usable"]
     counts = {words: int((kind == i).sum()) for i, words in enumerate(TYPES)}
     rows.append({"kind": "types", **counts, "identical": int((~usable).sum()), "of": kind.size})
-    starts = {"as it comes": arrays["base_texts"][None], "taught": arrays["start_texts"]}
-    rows += [{"kind": "start", "name": n, **texts_row(config, x)} for n, x in starts.items()]
+    taught = arrays["start_texts"][:, None]
+    starts = {"as it comes": arrays["base_texts"][None, None], "taught": taught}
+    rows += [
+        {"kind": "start", "name": name, **texts_row(config, texts, pairs.judged(texts))}
+        for name, texts in starts.items()
+    ]
     every, unsafe = arms(config), _sides(config)["unsafe"]
-    refused = pairs.judged(arrays["texts"])[..., unsafe] == "refusal"  # [seeds runs prompts]
-    start = (pairs.judged(arrays["start_texts"])[:, unsafe] == "refusal").mean(axis=0)
-    of_name = {
-        name: [a for a, arm in enumerate(every) if arm.name == name]
-        for name in dict.fromkeys(arm.name for arm in every)
+    names = [arm.name for arm in every]
+    of_name = {n: [a for a, name in enumerate(names) if name == n] for n in dict.fromkeys(names)}
+    start = shares(pairs.judged(taught), "refusal")[:, unsafe]
+    labels = np.where(arrays["diverged"][..., None], DIVERGED, pairs.judged(arrays["texts"]))
+    refused = {
+        name: shares(labels[:, runs], "refusal")[:, unsafe] for name, runs in of_name.items()
     }
-    mean = {name: refused[:, runs].mean(axis=(0, 1)) for name, runs in of_name.items()}
     for name, runs in of_name.items():
         arm = every[runs[0]]
-        texts = arrays["texts"][:, runs].reshape(-1, arrays["texts"].shape[-1])
-        changes = [moved(arrays, s, a, arm) for s in range(config.seeds) for a in runs]
-        row = {"kind": "arm", "name": name, "rule": arm.rule, "fraction": arm.fraction}
-        row |= {"runs": len(changes), **texts_row(config, texts)}
-        for field in changes[0]:
-            values = np.array([each[field] for each in changes], np.float64)
-            known = values[~np.isnan(values)]
-            row |= {field: _mean(known), f"{field}_sd": _spread(list(known))}
-        others = {"change": start, "over_dpo": mean["dpo"]}
-        filtered = f"{next(iter(RULES))} {100 * arm.fraction:g}%"
+        row = arm_row(config, arrays, labels, arm, runs)
+        row |= about(config, "change", refused[name] - start)
+        others = {"over_dpo": "dpo"}
+        filtered = f"{FILTER} {100 * arm.fraction:g}%"
         if arm.rule in RULES and name != filtered:
-            others["ches_under"] = mean[filtered]
+            others["ches_under"] = filtered
+        for control in CONTROLS:
+            there = of_name.get(control, [])
+            if there and (arrays["updates"][:, runs] == arrays["updates"][:, there]).all():
+                others[f"change_beyond_{control}"] = control
+                if arm.rule != "gold" and name not in CONTROLS:
+                    gap = moved(arrays, runs, "logp") - moved(arrays, there, "logp")
+                    some = np.where(arrays["trained"][:, runs], gap[..., 0], np.nan)
+                    row |= about(config, f"chosen_beyond_{control}", some.reshape(len(some), -1))
         for field, other in others.items():
-            difference = mean[name] - other
-            row[field] = float(difference.mean())
-            row[f"{field}_95"] = bootstrap(difference, config.resamples)
+            if other in refused:
+                row |= about(config, field, refused[name] - refused[other])
         rows.append(row)
     return rows
