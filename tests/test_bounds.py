@@ -11,13 +11,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.common import token_problem
 from jaxpref import logprobs
 from jaxpref.data.files import DataError
 from jaxpref.data.pairs import TokenPair
 from jaxpref.models import bounds, decoder
 from jaxpref.models.bounds import Bounds
 from jaxpref.score import score_pairs
+from jaxpref.training.pairset import PairSet
 
 LEARNED = decoder.DecoderConfig(
     *(13, 8, 1, 2, 2, 4, 8), positions="learned", max_positions=8, norm="layer", tied=True
@@ -182,4 +182,4 @@ def test_every_entrance_names_the_pair(wrong, message):
     with pytest.raises(DataError, match=f"^row 1: {message}"):
         score_pairs(policy, params, [PAIR, wrong])
     with pytest.raises(DataError, match=f"^pair 1, {message}"):
-        token_problem(policy, [PAIR, wrong])
+        PairSet.of(policy, [PAIR, wrong])

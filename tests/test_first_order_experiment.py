@@ -14,7 +14,9 @@ import experiments.first_order as lab
 from experiments import common
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
+from jaxpref.data.pairs import encode
 from jaxpref.models import pretrained
+from jaxpref.training.pairset import PairSet
 
 RATES = (1e-5, 1e-4)
 
@@ -73,23 +75,26 @@ def test_the_batch_is_predicted_by_the_gram_of_all_its_pairs(made):
     config = dataclasses.replace(made[0], others=0)  # what is seen is what is trained on
     wide = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
     policy, params, _, tokenizer, *_ = pretrained.load(config.model, **wide)
-    problem = common.problem(policy, tokenizer, preferences.load()[:4], limit=24)
-    problem = problem.with_reference(params)
-    run = lab.programs(config, problem)
-    found = lab.measure(config, lab.Part(0, "adam", 0.5), problem, params, run)
+    assert tokenizer is not None
+    some = preferences.load()[:4]
+    some, _ = encode(some, tokenizer, end=None, limit=24, too_long="truncate_left")
+    pairs = PairSet.of(policy, some)
+    pairs = pairs.with_reference(pairs.logps(params, batch=4))
+    run = lab.programs(config, pairs)
+    found = lab.measure(config, lab.Part(0, "adam", 0.5), pairs, params, run)
 
     drawn = batches.order(4, 4, 0, 0)
     state = common.unit_optimizer("adam").init(params)
-    _, slope, _ = run.slope(params, problem.rows(drawn[2:]), 0.5)
+    _, slope, _ = run.slope(params, pairs.rows(drawn[2:]), 0.5)
     params, state = common.apply_update(
         "adam", jax.tree.map(jnp.copy, params), state, slope, RATES[0]
     )
-    batch = problem.rows(drawn[:2])
+    batch = pairs.rows(drawn[:2])
     pull, slope, factor = run.slope(params, batch, 0.5)
     assert factor < 1
     metric, carried = lab.own_metric("adam", params, state, slope)
     _, momentum = run.change(params, batch[:3], carried)
-    every = jax.jit(lambda p: gradients.gram(problem.logp, p, batch[:3], metric=metric).gram)
+    every = jax.jit(lambda p: gradients.gram(pairs.logp, p, batch[:3], metric=metric).gram)
     gram = every(params)
     expected = momentum + factor * diagnostics.batch_change(gram, pull)
     np.testing.assert_allclose(found["total"], expected, rtol=1e-6)

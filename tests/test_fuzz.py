@@ -335,17 +335,22 @@ def test_gguf_files(whole, tmp_path):
     assert all_end_well(range(60), run) < 60
 
 
+PARTS = {"pairs": 1, "unseen": 1, "trained": 1, "batch": 1}
 EXPERIMENTS = {
-    "ches_percentiles": {"pairs": 2, "subset": 2, "batch": 2},
-    "entanglement_dynamics": {"pairs": 1, "held_out": 1, "probes": 1, "batch": 1},
+    "ches_percentiles": {"pairs": 2, "unseen": 1, "subset": 2, "trained": 1, "batch": 2},
+    "displacement": {**PARTS},
+    "dose": {**PARTS},
+    "entanglement_dynamics": {**PARTS},
     "first_order": {"pairs": 1, "others": 1, "warm": 0},
-    "forecast": {"pairs": 2, "batch": 1},
+    "forecast": {**PARTS, "grams": 1},
     "loss_comparison": {"train": 1, "validation": 1, "test": 1, "batch": 1, "limit": 64},
-    "mitigations": {"pairs": 1, "batch": 1},
-    "suffix_entanglement": {"sets": (), "pairs": 1, "probes": 1, "batch": 1},
-    "no_vs_never": {"prompts": 1},
+    "mitigations": {**PARTS},
+    "suffix_entanglement": {
+        "sets": (), "pairs": 1, "unseen": 1, "trained": 1, "grams": 1, "batch": 1,
+    },
+    "no_vs_never": {"prompts": 1, "pairs": ("a>b",)},
     "unalignment": {"train": 2, "held_out": 1, "safe": 1, "taught": 2, "batch": 2, "new": 90},
-}
+}  # fmt: skip
 FILES = {"no_vs_never": ("data", "statements.jsonl"), "unalignment": ("prompts", "prompts.jsonl")}
 
 
@@ -380,12 +385,8 @@ def test_experiments(whole, experiment, tmp_path, name):
         place = tmp_path / f"{seed}{file}"
         place.write_bytes(damaged(content, file, seed))
         values = {field: str(place), "model": f"model{seed}", **EXPERIMENTS[name]}
-        if name == "no_vs_never":
-            made = lab.Config(**values, pairs=("a>b",))
-            found = program.Options(config=made, name=f"run{seed}"), []
-        else:
-            values["bad"] = ("error", "skip")[seed % 2]
-            found = (lab.Config(**values), common.Options(name=f"run{seed}")), []
+        values["bad"] = ("error", "skip")[seed % 2]
+        found = (lab.Config(**values), common.Options(name=f"run{seed}")), []
         with settings(found):
             program.main()
 

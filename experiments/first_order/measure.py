@@ -15,6 +15,7 @@ from experiments.first_order.protocol import Config, Part, load, parts, rates_of
 from jaxpref import diagnostics, gradients, losses
 from jaxpref.data import batches
 from jaxpref.training.linearised import linearised
+from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import tree_norm
 
 
@@ -27,7 +28,7 @@ class Programs(NamedTuple):
     grams: Any  # (params, arrays, metric) -> [pairs 2 2]
 
 
-def programs(config: Config, problem: common.Problem) -> Programs:
+def programs(config: Config, pairs: PairSet) -> Programs:
     """Compiled once a run: the optimizer is applied outside of them."""
 
     def loss(logp, batch):
@@ -35,7 +36,7 @@ def programs(config: Config, problem: common.Problem) -> Programs:
 
     @jax.jit
     def slope(params, batch, clip):
-        logp, back = jax.vjp(lambda p: problem.score(p, batch).logp, params)
+        logp, back = jax.vjp(lambda p: pairs.score(p, batch).logp, params)
         pull = jax.grad(lambda x: loss(x, batch).sum())(logp)
         (gradient,) = back(pull / len(pull))
         factor = jnp.minimum(1.0, clip / tree_norm(gradient))
@@ -44,13 +45,13 @@ def programs(config: Config, problem: common.Problem) -> Programs:
     @jax.jit
     def grams(params, arrays, metric):
         return gradients.pair_grams(
-            problem.logp, params, arrays, metric=metric, responses="together"
+            pairs.logp, params, arrays, metric=metric, responses="together"
         ).gram
 
     return Programs(
         slope,
-        jax.jit(lambda params, batch: problem.score(params, batch).logp),
-        jax.jit(functools.partial(common.logp_and_change, problem.logp)),
+        jax.jit(lambda params, batch: pairs.score(params, batch).logp),
+        jax.jit(functools.partial(common.logp_and_change, pairs.logp)),
         grams,
     )
 
@@ -81,7 +82,7 @@ def _moved(params, rate, direction):
     return jax.tree.map(lambda p, u: p + jnp.asarray(rate, u.dtype) * u, params, direction)
 
 
-def measure(config: Config, part: Part, problem, params, run: Programs) -> dict[str, Any]:
+def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -> dict[str, Any]:
     """Predictions and measurements of one part.
 
     Returns:
@@ -90,7 +91,7 @@ def measure(config: Config, part: Part, problem, params, run: Programs) -> dict[
         ``measured``: nats, ``[one or all steps, rates, probes, 2]``.
     """
     n, rates = config.pairs, rates_of(config, part.optimizer)
-    drawn = batches.order(len(problem), n * (1 + config.warm) + config.others, part.seed, 0)
+    drawn = batches.order(len(pairs), n * (1 + config.warm) + config.others, part.seed, 0)
     trained, probes = drawn[:n], drawn[: n + config.others]
     clip = jnp.float32(part.clip)
     params, state = (
@@ -99,12 +100,12 @@ def measure(config: Config, part: Part, problem, params, run: Programs) -> dict[
     )
     for at in range(config.warm):
         begin = len(probes) + at * n
-        _, gradient, _ = run.slope(params, problem.rows(drawn[begin : begin + n]), clip)
+        _, gradient, _ = run.slope(params, pairs.rows(drawn[begin : begin + n]), clip)
         params, state = common.apply_update(
             part.optimizer, params, state, gradient, jnp.float32(rates[0])
         )
 
-    batch, seen = problem.rows(trained), problem.rows(probes)
+    batch, seen = pairs.rows(trained), pairs.rows(probes)
     pull, gradient, factor = run.slope(params, batch, clip)
     metric, carried = own_metric(part.optimizer, params, state, gradient)
     update = jax.tree.map(lambda c, d, g: c - d * g, carried, metric, gradient)
@@ -139,19 +140,19 @@ def measure(config: Config, part: Part, problem, params, run: Programs) -> dict[
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays of `measure` with a leading axis ``parts``, in the order of `parts`."""
-    subject, problem = load(config)
+    subject, pairs = load(config)
     todo = parts(config)
 
-    def begin() -> tuple[Any, common.Problem, Programs]:
+    def begin() -> tuple[Any, PairSet, Programs]:
         params = common.supervise(
-            problem,
+            pairs,
             subject.params,
             optax.adam(config.supervised_rate),
             steps=config.supervised,
             batch=config.pairs,
             seed=0,
         )
-        ready = problem.with_reference(params)
+        ready = pairs.with_reference(pairs.logps(params))
         return params, ready, programs(config, ready)
 
     begun = functools.cache(begin)  # not for a run that is only read back

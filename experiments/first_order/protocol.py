@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from experiments import common
+from jaxpref.training.pairset import PairSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
     return tuple(sorted(getattr(config, f"{optimizer}_rates")))
 
 
-def load(config: Config) -> tuple[common.Subject, common.Problem]:
+def load(config: Config) -> tuple[common.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     common.at_least(1, config, "pairs", "steps", "seeds", "limit")
     common.at_least(0, config, "others", "warm", "supervised")
@@ -90,7 +91,10 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     found, drawn = common.read(config), config.pairs * (1 + config.warm) + config.others
     common.enough("pairs", drawn, len(found.rows))
     subject = common.open_model(config.model)
-    return subject, common.problem_of(config, subject, found, least=drawn)
+    pairs, counts = common.encoded(config, found.rows, subject, too_long="truncate_left")
+    common.enough("pairs", drawn, len(pairs))
+    skipped = (*found.faults, *counts.faults)
+    return subject, PairSet.of(subject.policy, pairs, quantiles=(1.0,), skipped=skipped)
 
 
 def hashes(config: Config) -> dict[str, str]:

@@ -20,7 +20,7 @@ model. Statistics are of the update's own batch: KTO's baseline is the mean log-
 responses, BCO's shift their mean reward, FLAT's probability the mean over responses of each one's
 geometric mean over its tokens. SFT, PoFT and DCO read the chosen responses alone, NPO the rejected.
 Left out: what reads single tokens, features or kernels, and KLDO's moving average
-(`experiments.pulling.EXCLUDED`).
+(`jaxpref.training.objectives.EXCLUDED`).
 
 Predictions are those of plain gradients. Training is by Adam, whose metric differs.
 """

@@ -1,6 +1,5 @@
 """Training under every loss at every rate, and what is measured on the way."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from experiments.loss_comparison.protocol import (
 )
 from jaxpref import gradients, logprobs
 from jaxpref.data import batches
+from jaxpref.training.pairset import PairSet
 
 
 class Look(NamedTuple):
@@ -41,13 +41,13 @@ class Programs(NamedTuple):
     gram: Any  # (params, arrays) -> [pairs 2 pairs 2]
 
 
-def programs(config: Config, subject: common.Subject, problem: common.Problem) -> Programs:
+def programs(config: Config, subject: common.Subject, pairs: PairSet) -> Programs:
     """The losses of the run are branches of one step."""
     some = {name: pulling.LOSSES[name] for name in names(config)}
     unembedding = subject.policy.unembedding
 
     def look(params, batch, first_hidden, first_unembedding):
-        found, table = problem.hidden(params, batch), unembedding(params)
+        found, table = pairs.hidden(params, batch), unembedding(params)
 
         def mean(values: jax.Array, scored: jax.Array):
             count = jnp.sum(scored, axis=-1, dtype=values.dtype)
@@ -69,9 +69,9 @@ def programs(config: Config, subject: common.Subject, problem: common.Problem) -
         return Look(logp, entropy, jax.lax.map(divergence, (hidden, first_hidden, scored)), hidden)
 
     def gram(params, arrays):
-        return gradients.gram(problem.logp, params, arrays).gram
+        return gradients.gram(pairs.logp, params, arrays).gram
 
-    step = pulling.make_step(problem.score, some, common.unit_optimizer(config.optimizer))
+    step = pulling.make_step(pairs.score, some, common.unit_optimizer(config.optimizer))
     return Programs(step, jax.jit(look), jax.jit(gram))
 
 
@@ -85,18 +85,17 @@ class Start(NamedTuple):
 
 
 def begin(
-    config: Config, run: Programs, subject: common.Subject, problem: common.Problem, seed: int
+    config: Config, run: Programs, subject: common.Subject, pairs: PairSet, seed: int
 ) -> tuple[Start, dict[str, Any]]:
     """The start of a seed, and its arrays; the Gram matrix is of training and test pairs."""
-    batch = problem.rows(batches.order(len(problem), drawn(config), seed, 0))
-    trained = jax.tree.map(lambda x: x[rows_of(config, "train")], batch)
+    batch = pairs.rows(batches.order(len(pairs), drawn(config), seed, 0))
     params = common.supervise(
-        dataclasses.replace(problem, batch=trained), subject.params,
-        optax.adam(config.supervised_rate), steps=config.supervised, batch=config.batch, seed=seed,
+        pairs, subject.params, optax.adam(config.supervised_rate), steps=config.supervised,
+        batch=config.batch, seed=seed, among=batch.index[rows_of(config, "train")],
     )  # fmt: skip
     unembedding = subject.policy.unembedding(params)
-    response = int(problem.batch.is_response.sum(axis=-1).max())
-    nothing = jnp.zeros((config.test, 2, response, unembedding.shape[-1]), unembedding.dtype)
+    like = jax.eval_shape(pairs.hidden, params, batch).hidden
+    nothing = jnp.zeros((config.test, *like.shape[1:]), like.dtype)
     batch = batch._replace(reference=np.zeros((drawn(config), 2), np.float32))
     found = run.look(params, batch, nothing, unembedding)
     arrays = {
@@ -142,12 +141,12 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     ``gram [seeds train+test 2 train+test 2]``, at the start; ``lengths [seeds pairs 2]``;
     ``step [looks]``, the updates done.
     """
-    subject, problem = load(config)
-    compiled = functools.cache(lambda: programs(config, subject, problem))
+    subject, pairs = load(config)
+    compiled = functools.cache(lambda: programs(config, subject, pairs))
 
     @functools.lru_cache(maxsize=1)  # one seed's parameters at a time
     def begun(seed: int) -> tuple[Start, dict[str, Any]]:
-        return begin(config, compiled(), subject, problem, seed)
+        return begin(config, compiled(), subject, pairs, seed)
 
     def gram(seed: int) -> dict[str, Any]:
         rows = np.r_[rows_of(config, "train"), rows_of(config, "test")]

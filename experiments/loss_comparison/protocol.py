@@ -6,6 +6,8 @@ import itertools
 import numpy as np
 
 from experiments import common, pulling
+from jaxpref.training.objectives import NAMES, objective
+from jaxpref.training.pairset import PairSet
 
 FAMILIES = (
     *("pairwise", "links", "f_dpo", "anchored", "transport", "reference_free"),
@@ -63,7 +65,7 @@ SMOKE = Config(
 
 def names(config: Config) -> list[str]:
     """The losses of a run, by family."""
-    wanted = config.losses or tuple(pulling.LOSSES)
+    wanted = config.losses or NAMES
     order = {name: i for i, name in enumerate(FAMILIES)}
     key = {name: order.get(pulling.family(name), len(order)) for name in wanted}
     return sorted(wanted, key=lambda name: (key[name], name))
@@ -98,15 +100,12 @@ def _check(config: Config) -> None:
     if config.batch > config.train:
         raise ValueError(f"batch: got {config.batch}, expected at most the {config.train} pairs")
     for name in config.losses:
-        if name in pulling.EXCLUDED:
-            raise ValueError(f"losses: got {name}, which {pulling.EXCLUDED[name]}")
-        if name not in pulling.LOSSES:
-            raise ValueError(f"losses: got {name}, expected names of the catalogue")
+        objective(name)
     if len(set(config.losses)) != len(config.losses):
         raise ValueError(f"losses: got {config.losses}, expected names, each once")
 
 
-def load(config: Config) -> tuple[common.Subject, common.Problem]:
+def load(config: Config) -> tuple[common.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run.
 
     Of the pairs that fit a fixed sample is taken, as many as all seeds draw together.
@@ -123,7 +122,7 @@ def load(config: Config) -> tuple[common.Subject, common.Problem]:
     pool = np.random.default_rng(0).permutation(len(usable))[: config.seeds * count]
     skipped = (*found.faults, *counts.faults)
     some = [usable[i] for i in pool]
-    return subject, common.token_problem(subject.policy, some, skipped=skipped)
+    return subject, PairSet.of(subject.policy, some, quantiles=(1.0,), skipped=skipped)
 
 
 def hashes(config: Config) -> dict[str, str]:
