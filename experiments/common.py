@@ -22,9 +22,8 @@ from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from jaxpref import gradients, logprobs, runs
+from jaxpref import runs
 from jaxpref.data import batches, chat, files, hub, preferences
-from jaxpref.data.batches import Batch
 from jaxpref.data.files import TextPair
 from jaxpref.data.pairs import Counts, TokenPair, TooLong
 from jaxpref.data.tokenizer import Tokenizer
@@ -135,79 +134,17 @@ def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
     return Subject(policy, params, found.tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Pairs as arrays of one shape, and log-probabilities as functions of them.
-
-    Attributes:
-        batch: All pairs, with reference log-probabilities once `with_reference` filled them in.
-        score: ``(params, Batch) -> Scores``, for training.
-        hidden: ``(params, Batch) -> Responses`` of ``[pairs 2 response]``, for numbers of single
-            tokens.
-        logp: ``(params, (tokens, is_token, is_response)) -> [2]`` of one pair, for
-            `jaxpref.gradients` with ``responses="together"``; differentiable both ways.
-        digest: SHA-256 of the token ids.
-        skipped: The rows that were left out, each with its place and fault.
-    """
-
-    batch: Batch
-    score: Callable[[PyTree, Any], logprobs.Scores]
-    hidden: Callable[[PyTree, Any], logprobs.Responses]
-    logp: Callable[[PyTree, Any], Array]
-    digest: str
-    skipped: tuple[str, ...] = ()
-
-    @property
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """What `logp` reads, of all pairs."""
-        return self.batch[:3]
-
-    def rows(self, index: Any) -> Batch:
-        """Some of the pairs."""
-        return jax.tree.map(lambda x: x[np.asarray(index)], self.batch)
-
-    def with_reference(self, params: PyTree) -> "Problem":
-        """The same pairs with these parameters as the reference."""
-        score = jax.jit(self.score)
-        logp = [np.asarray(score(params, self.rows([i])).logp) for i in range(len(self))]
-        reference = np.concatenate(logp)
-        return dataclasses.replace(self, batch=self.batch._replace(reference=reference))
-
-    def __len__(self) -> int:
-        return len(self.batch.tokens)
-
-
-def problem_of(config: Any, subject: Subject, found: files.Found, *, least: int) -> Problem:
-    """`token_problem` of a run's pairs, by the settings that `encoded` reads.
-
-    Raises:
-        ValueError: fewer than `least` pairs are left.
-    """
-    pairs, counts = encoded(config, found.rows, subject, too_long="truncate_left")
-    enough("pairs", least, len(pairs))
-    return token_problem(subject.policy, pairs, skipped=(*found.faults, *counts.faults))
-
-
 def enough(what: str, wanted: int, there: int) -> None:
     """Raises if a run draws more pairs than there are."""
     if wanted > there:
         raise ValueError(f"{what}: a run draws {wanted}, expected at most the {there} there are")
 
 
-def token_problem(
-    policy: Policy, encoded: Sequence[TokenPair], *, skipped: Sequence[str] = ()
-) -> Problem:
-    """A `PairSet` of one size as a `Problem`."""
-    found = PairSet.of(policy, encoded, quantiles=(1.0,), skipped=skipped)
-    batch = found.rows(range(len(found)))
-    return Problem(batch, found.score, found.hidden, found.logp, found.digest, found.skipped)
-
-
-def hashes(subject: Subject, problem: Problem | PairSet) -> dict[str, Any]:
+def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
     """Of model and pairs, a hub model's commit, and the rows that were skipped: a provenance."""
-    found = {"model": pretrained.hash_params(subject.params), "data": problem.digest}
+    found = {"model": pretrained.hash_params(subject.params), "data": pairs.digest}
     found |= {"model_revision": subject.revision} if subject.revision else {}
-    return found | {"skipped": without_folders(problem.skipped)}
+    return found | {"skipped": without_folders(pairs.skipped)}
 
 
 def without_folders(faults: Sequence[str]) -> list[str]:
@@ -215,27 +152,17 @@ def without_folders(faults: Sequence[str]) -> list[str]:
     return [re.sub(r"^(?!tfds:).*?([^/\\]+, (?:line|row) )", r"\1", fault) for fault in faults]
 
 
-def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
-    """Log-probabilities ``[pairs 2]`` and their exact first-order change along a direction."""
-
-    def one(pair):
-        return gradients.directional(lambda p: logp_fn(p, pair), params, tangent)
-
-    return jax.lax.map(one, arrays)
-
-
 def supervise(
-    problem: Problem | PairSet,
+    pairs: PairSet,
     params: PyTree,
     optimizer: optax.GradientTransformation,
     *,
     steps: int,
     batch: int,
     seed: int,
-    both: bool = False,
     among: Array | np.ndarray | None = None,
 ) -> PyTree:
-    """Supervised updates on the chosen responses (or on `both`), mean nats a response.
+    """Supervised updates on the chosen responses, mean nats a response.
 
     Of all pairs, or of those `among`.
     """
@@ -243,16 +170,15 @@ def supervise(
         return params
 
     def loss(scores, _):
-        weights = jnp.array([0.5, 0.5] if both else [1.0, 0.0])
-        return -(scores.logp * weights[None]).sum(axis=-1)
+        return -scores.logp[:, 0]
 
-    step = make_step(problem.score, loss, optimizer)
+    step = make_step(pairs.score, loss, optimizer)
     state = init_state(jax.tree.map(jnp.copy, params), optimizer, key=jax.random.key(seed))
-    some = np.arange(len(problem)) if among is None else np.asarray(among)
+    some = np.arange(len(pairs)) if among is None else np.asarray(among)
     bar = tqdm(range(steps), "supervised phase", unit="update", leave=False)
     for number in bar:
         rows = some[batches.order(len(some), batch, seed, number)]
-        state, metrics, _ = step(state, problem.rows(rows))
+        state, metrics, _ = step(state, pairs.rows(rows))
         bar.set_postfix(loss=f"{float(metrics['loss']):.2f}")
     return state.params
 

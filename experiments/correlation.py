@@ -1,7 +1,5 @@
 """Rank correlations over pairs, what a third variable leaves of them, and bootstrap intervals."""
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
 from scipy import stats
 
@@ -21,27 +19,6 @@ def partial_spearman(x: np.ndarray, y: np.ndarray, given: np.ndarray) -> np.ndar
     rest = (1 - ac**2) * (1 - bc**2)
     some = rest > 1e-12
     return np.where(some, (ab - ac * bc) / np.sqrt(np.where(some, rest, 1)), np.nan)
-
-
-def matched_spearman(x: np.ndarray, y: np.ndarray, by: np.ndarray, *, bins: int = 5) -> float:
-    """Mean rank correlation inside `bins` of like `by`, all of about one size.
-
-    Bins without an order count for nothing; NaN if all are.
-    """
-    parts = np.array_split(np.argsort(by, kind="stable"), bins)
-    found = np.array([spearman(x[part], y[part]) for part in parts])
-    sizes = np.array([len(part) for part in parts]) * np.isfinite(found)
-    return float(np.nansum(found * sizes) / sizes.sum()) if sizes.any() else float("nan")
-
-
-def interval(function: Callable[..., np.ndarray], columns: Sequence[np.ndarray], resamples: int
-             ) -> list[float]:  # fmt: skip
-    """The middle 95 % of a bootstrap over pairs; draws without a value are left out."""
-    n = len(columns[0])
-    draws = np.random.default_rng(0).integers(n, size=(resamples, n))
-    found = function(*(x[draws] for x in columns))
-    found = found[np.isfinite(found)]
-    return [float(x) for x in np.quantile(found, (0.025, 0.975))] if found.size else [np.nan] * 2
 
 
 def auc(score: np.ndarray, fell: np.ndarray) -> np.ndarray:

@@ -37,31 +37,6 @@ def test_partial_spearman_correlates_residuals_of_ranks(columns):
     assert math.isnan(correlation.partial_spearman(x, y, x))
 
 
-def test_matching_removes_what_the_third_variable_did():
-    """Inside each bin the second column falls with the first; across bins both rise."""
-    by = np.repeat([1.0, 2.0], 5)
-    x = np.tile(np.arange(5.0), 2) + 10 * by
-    y = 10 * by - np.tile(np.arange(5.0), 2)
-    assert correlation.spearman(x, y) > 0.4
-    assert correlation.matched_spearman(x, y, by, bins=2) == pytest.approx(-1)
-    flat = np.where(by == 1, 0.0, y)  # no order in the first bin
-    assert correlation.matched_spearman(x, flat, by, bins=2) == pytest.approx(-1)
-    assert math.isnan(correlation.matched_spearman(x, np.zeros(10), by, bins=2))
-
-
-def test_matching_weighs_bins_by_their_size():
-    by = np.arange(5.0)  # bins of three and two
-    x, y = np.arange(5.0), np.array([1.0, 2.0, 3.0, 5.0, 4.0])
-    assert correlation.matched_spearman(x, y, by, bins=2) == pytest.approx((3 - 2) / 5)
-
-
-def test_the_interval_holds_the_value(columns):
-    x, y, _ = columns
-    low, high = correlation.interval(correlation.spearman, (x, y), 400)
-    assert low < correlation.spearman(x, y) < high
-    assert np.isnan(correlation.interval(correlation.spearman, (np.ones(40), y), 10)).all()
-
-
 def test_areas_by_hand():
     score, fell = np.array([3.0, 1.0, 2.0, 0.0]), np.array([True, False, False, True])
     assert correlation.auc(score, fell) == 0.5

@@ -109,14 +109,6 @@ def test_ratios_by_hand():
     assert np.isnan(summary.log_ratio(np.array([[1.0, 1.0]])))
 
 
-def test_equal_margin_by_hand():
-    margin, chosen = np.array([0.0, 1.0, 3.0, 2.0]), np.array([[0.0], [-1.0], [-2.0], [5.0]])
-    assert summary.at_margin(margin, chosen, 0.5) == -0.5
-    assert summary.at_margin(margin, chosen, 2.0) == -1.5  # the first time
-    assert np.isnan(summary.at_margin(margin, chosen, 3.5)).all()
-    assert np.isnan(summary.at_margin(margin, chosen, 0.0)).all()
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [

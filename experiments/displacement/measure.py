@@ -25,30 +25,21 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
     compiled = arms.programs(config.optimizer, pairs, losses)
     identity = arms.identity_of(config, common.hashes(subject, pairs))
-    seeds = []
-    for seed in range(config.seeds):
 
-        @functools.cache
-        def begin(seed=seed):
-            return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+    def begin(seed):
+        return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
 
-        def first(begin=begin):
-            begun = begin()
-            unseen, probes = begun.parts.unseen, arms.probes_of(config, begun.parts)
-            seen = foresight.foresee(config, compiled, begun, arm_of(config, "dpo"))
-            there = jax.tree.map(jnp.add, begun.params, seen.replay)
-            forecast = pairs.logps(there, unseen) - begun.pairs.known[unseen]
-            return {"unseen": unseen, "lengths": pairs.lengths[probes], "forecast": forecast}
+    def first(begun):
+        unseen, probes = begun.parts.unseen, arms.probes_of(config, begun.parts)
+        seen = foresight.foresee(config, compiled, begun, arm_of(config, "dpo"))
+        there = jax.tree.map(jnp.add, begun.params, seen.replay)
+        forecast = pairs.logps(there, unseen) - begun.pairs.known[unseen]
+        tqdm.write(foretold(unseen, forecast[:, 0], pairs, subject.tokenizer))
+        return {"lengths": pairs.lengths[probes], "forecast": forecast}
 
-        record = common.kept(folder, f"{seed}_forecast", first)
-        tqdm.write(foretold(record, pairs, subject.tokenizer))
-        for name in ARMS:
+    def arm(name, begun):
+        return arms.follow(config, compiled, begun, arm_of(config, name), name=name,
+                           looks=looks(config))  # fmt: skip
 
-            def arm(name=name, begin=begin):
-                return arms.follow(config, compiled, begin(), arm_of(config, name), name=name,
-                                   looks=looks(config))  # fmt: skip
-
-            made = common.kept(folder, f"{seed}_{name}", arm)
-            record |= {f"{name}_{key}": value for key, value in made.items()}
-        seeds.append(record)
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+    parts = {name: functools.partial(arm, name) for name in ARMS}
+    return arms.over_seeds(config, folder, begin, ("forecast", first), parts)

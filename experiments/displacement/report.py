@@ -19,10 +19,10 @@ from jaxpref.training.pairset import PairSet
 SAID = 16  # responses that are said beforehand, at most
 
 
-def foretold(record: Mapping[str, np.ndarray], pairs: PairSet, tokenizer: Tokenizer) -> str:
+def foretold(unseen: np.ndarray, forecast: np.ndarray, pairs: PairSet, tokenizer: Tokenizer) -> str:
     """Which unseen chosen responses will fall, by how much: said before the training."""
-    forecast, rows, lines = record["forecast"][:, 0], record["unseen"], []
-    for row, change in list(zip(rows, forecast, strict=True))[:SAID]:
+    lines = []
+    for row, change in list(zip(unseen, forecast, strict=True))[:SAID]:
         pair = pairs.pairs[row]
         ids = pair.tokens[0][pair.starts[0] : len(pair.tokens[0]) - pair.ends[0]]
         text = " ".join(tokenizer.decode(ids.tolist()).split())

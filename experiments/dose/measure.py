@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments import common
 from experiments.dose.protocol import Config, arm_of, doses, load, looks
@@ -19,33 +18,27 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     hashes = common.hashes(subject, pairs)
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
     compiled = arms.programs(config.optimizer, pairs, losses)
-    seeds = []
-    for seed in range(config.seeds):
 
-        @functools.lru_cache(maxsize=1)
-        def begin(start, seed=seed):
-            params = subject.params
-            if config.model == "small":
-                params = common.open_model("small", seed=seed, scan=True).params
-            own = dataclasses.replace(config, supervised_epochs=start)
-            room = folder / f"supervised_{start}" if folder else None
-            if room:
-                room.mkdir(exist_ok=True)
-            return arms.begin(own, compiled, pairs, params, seed, room,
-                              arms.identity_of(own, hashes))  # fmt: skip
+    @functools.lru_cache(maxsize=1)
+    def begun(seed, start):
+        params = subject.params
+        if config.model == "small":
+            params = common.open_model("small", seed=seed, scan=True).params
+        own = dataclasses.replace(config, supervised_epochs=start)
+        room = folder / f"supervised_{start}" if folder else None
+        if room:
+            room.mkdir(exist_ok=True)
+        identity = arms.identity_of(own, hashes)
+        return arms.begin(own, compiled, pairs, params, seed, room, identity)
 
-        def first(begin=begin):
-            probes = arms.probes_of(config, begin(config.starts[0]).parts)
-            return {"lengths": pairs.lengths[probes]}
+    def first(begin):
+        return {"lengths": pairs.lengths[arms.probes_of(config, begin(config.starts[0]).parts)]}
 
-        record = common.kept(folder, f"{seed}_probes", first)
-        for dose in tqdm(doses(config), f"doses, seed {seed}", unit="dose"):
+    def course(dose, begin):
+        return arms.follow(config, compiled, begin(dose.start), arm_of(config, dose),
+                           name=str(dose), looks=looks(config))  # fmt: skip
 
-            def course(dose=dose, begin=begin):
-                return arms.follow(config, compiled, begin(dose.start), arm_of(config, dose),
-                                   name=str(dose), looks=looks(config))  # fmt: skip
-
-            made = common.kept(folder, f"{seed}_{dose}", course)
-            record |= {f"{dose}_{key}": value for key, value in made.items()}
-        seeds.append(record)
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+    parts = {str(dose): functools.partial(course, dose) for dose in doses(config)}
+    return arms.over_seeds(
+        config, folder, lambda seed: functools.partial(begun, seed), ("probes", first), parts
+    )

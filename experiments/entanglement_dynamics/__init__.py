@@ -18,5 +18,4 @@ from experiments.entanglement_dynamics.protocol import SMOKE as SMOKE
 from experiments.entanglement_dynamics.protocol import Config as Config
 from experiments.entanglement_dynamics.protocol import hashes as hashes
 from experiments.entanglement_dynamics.report import report as report
-from experiments.entanglement_dynamics.summary import at_margin as at_margin
 from experiments.entanglement_dynamics.summary import summarise as summarise

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from experiments import common
 from experiments.entanglement_dynamics import protocol
@@ -41,31 +40,18 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     identity = arms.identity_of(config, common.hashes(subject, pairs))
     losses, looks = objectives(config), protocol.looks(config)
     compiled = arms.programs(config.optimizer, pairs, losses)
-    seeds = []
-    for seed in range(config.seeds):
 
-        @functools.cache
-        def begin(seed=seed):
-            return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+    def begin(seed):
+        return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
 
-        def first(begin=begin):
-            begun = begin()
-            probes = arms.probes_of(config, begun.parts)
-            pulls = {f"{name}_start": pulls_at_start(losses[name], begun) for name in config.losses}
-            return {
-                "lengths": pairs.lengths[probes],
-                "logp": begun.pairs.known[probes],
-                **pulls,
-            }
+    def first(begun):
+        probes = arms.probes_of(config, begun.parts)
+        pulls = {f"{name}_start": pulls_at_start(losses[name], begun) for name in config.losses}
+        return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]} | pulls
 
-        record = common.kept(folder, f"{seed}_start", first)
-        for name in tqdm(protocol.names(config), f"losses, seed {seed}", unit="loss"):
+    def arm(name, begun):
+        return arms.follow(config, compiled, begun, protocol.arm_of(config, name), name=name,
+                           looks=looks[name])  # fmt: skip
 
-            def arm(name=name, begin=begin):
-                return arms.follow(config, compiled, begin(), protocol.arm_of(config, name),
-                                   name=name, looks=looks[name])  # fmt: skip
-
-            made = common.kept(folder, f"{seed}_{name}", arm)
-            record |= {f"{name}_{key}": value for key, value in made.items()}
-        seeds.append(record)
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+    parts = {name: functools.partial(arm, name) for name in protocol.names(config)}
+    return arms.over_seeds(config, folder, begin, ("start", first), parts)

@@ -10,7 +10,7 @@ from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config
 from experiments.protocol import changes
 from experiments.protocol.changes import SETS, about, of_set
-from experiments.protocol.intervals import mean_of
+from experiments.protocol.intervals import mean_of, mean_of_known
 from jaxpref.data import batches
 
 Arrays = Mapping[str, np.ndarray]
@@ -24,25 +24,6 @@ def log_ratio(pull: np.ndarray) -> np.ndarray:
     chosen, rejected = -pull[..., 0].mean(axis=-1), pull[..., 1].mean(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.log(chosen) - np.log(rejected)
-
-
-def at_margin(margin: np.ndarray, values: np.ndarray, level: float) -> np.ndarray:
-    """Values where a margin first reaches a level, between looks by a straight line.
-
-    Args:
-        margin: ``[looks]``, from a first look of 0 on.
-        values: ``[looks items]``.
-        level: Of the margin, nats.
-
-    Returns:
-        ``[items]``, NaN if the level is never reached or is not above 0.
-    """
-    over = np.flatnonzero(margin >= level)
-    if not over.size or level <= 0:
-        return np.full(values.shape[1:], np.nan)
-    j = int(over[0])
-    share = (level - margin[j - 1]) / (margin[j] - margin[j - 1])
-    return values[j - 1] + share * (values[j] - values[j - 1])
 
 
 def level_of(config: Config, arrays: Arrays) -> float:
@@ -76,28 +57,24 @@ def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
             row |= about(f"{which}_margin", config, mean_of, of_set(config, margin, which))
             right = (of_set(config, margin, which) > 0).astype(float)
             row |= about(f"{which}_right", config, mean_of, right)
-        at = np.stack([at_margin(*curve(config, arrays, name, s), level)
-                       for s in range(config.seeds)])  # fmt: skip
+        curves = [curve(config, arrays, name, seed) for seed in range(config.seeds)]
+        at = np.stack([changes.between(x, changes.reached(margin, level)) for margin, x in curves])
         row["reached"] = int((~np.isnan(at[:, 0])).sum())
-        row |= about("matched", config, _known, at)
+        row |= about("matched", config, mean_of_known, at)
         if name in config.losses:
             ratios[name] = log_ratio(arrays[f"{name}_start"])
             along = log_ratio(arrays[f"{name}_pull"][:, :epoch].reshape(config.seeds, -1, 2))
             row |= {"log_r": _mean(ratios[name]), "log_r_along": _mean(along)}
-            ends[name], matched[name] = mean_of(of_set(config, end[..., 0], "unseen")), _known(at)
+            ends[name], matched[name] = (
+                mean_of(of_set(config, end[..., 0], "unseen")),
+                mean_of_known(at),
+            )
         rows.append(row)
     for target, found in (("equal updates", ends), ("equal margin", matched)):
         x, y = (np.stack(list(d.values()), axis=1) for d in (ratios, found))
         each = [_ranked(*pair) for pair in zip(x, y, strict=True)]
         rows.append({"table": "predictors", "target": target, "rho_seeds": each})
     return rows
-
-
-def _known(x: np.ndarray) -> np.ndarray:
-    """Mean of the last axis of what is a number."""
-    known = np.isfinite(x)
-    total = np.where(known, x, 0).sum(axis=-1)
-    return np.where(known.any(axis=-1), total / np.maximum(known.sum(axis=-1), 1), np.nan)
 
 
 def _mean(x: np.ndarray) -> float:

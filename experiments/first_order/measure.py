@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from experiments import common
@@ -17,6 +18,15 @@ from jaxpref.data import batches
 from jaxpref.training.linearised import linearised
 from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import tree_norm
+
+
+def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
+    """Log-probabilities ``[pairs 2]`` and their exact first-order change along a direction."""
+
+    def one(pair):
+        return gradients.directional(lambda p: logp_fn(p, pair), params, tangent)
+
+    return jax.lax.map(one, arrays)
 
 
 class Programs(NamedTuple):
@@ -51,7 +61,7 @@ def programs(config: Config, pairs: PairSet) -> Programs:
     return Programs(
         slope,
         jax.jit(lambda params, batch: pairs.score(params, batch).logp),
-        jax.jit(functools.partial(common.logp_and_change, pairs.logp)),
+        jax.jit(functools.partial(logp_and_change, pairs.logp)),
         grams,
     )
 

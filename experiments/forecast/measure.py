@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from tqdm import tqdm
 
-from experiments import common
 from experiments.forecast import protocol
 from experiments.forecast.protocol import HORIZON, Config, load
 from experiments.protocol import arms, foresight, kinds
@@ -141,39 +139,30 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays ``[seeds ...]``: of `forecast`, and of each arm what it saw and `explained`."""
     subject, pairs = load(config)
     identity = arms.identity_of(config, protocol.hashes(config))
-    compiled = programs(config, pairs)
-    seeds = []
-    for seed in tqdm(range(config.seeds), "seeds", unit="seed"):
+    compiled, tokenizer = programs(config, pairs), subject.tokenizer
 
-        @functools.cache
-        def begin(seed=seed):
-            begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
-            others = kinds.probes(pairs, begun.params, begun.parts.unseen, subject.tokenizer, seed)
-            return begun, others
+    def begin(seed):
+        begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+        others = kinds.probes(pairs, begun.params, begun.parts.unseen, tokenizer, seed)
+        return begun, others
 
-        def first(begin=begin):
-            begun, _ = begin()
-            said = spoken(config, pairs, begun.params, begun.parts, subject.tokenizer)
-            return forecast(config, compiled, begun) | _named("start", said)
+    def first(start):
+        begun, _ = start
+        said = spoken(config, pairs, begun.params, begun.parts, tokenizer)
+        return forecast(config, compiled, begun) | _named("start", said)
 
-        record = common.kept(folder, f"{seed}_forecast", first)
-        for name in ARMS:
+    def arm(name, start):
+        begun, others = start
+        found = {}
 
-            def arm(name=name, begin=begin):
-                begun, others = begin()
-                found = {}
+        def also(number, params, state):
+            if number == protocol.updates(config, HORIZON):
+                found.update(explained(config, begun, others, tokenizer, params, state))
 
-                def also(number, params, state):
-                    if number == protocol.updates(config, HORIZON):
-                        found.update(
-                            explained(config, begun, others, subject.tokenizer, params, state)
-                        )
+        return found | arms.follow(
+            config, compiled, begun, protocol.arm_of(config, name), name=name,
+            looks=protocol.looks(config, name), also=also,
+        )  # fmt: skip
 
-                return found | arms.follow(
-                    config, compiled, begun, protocol.arm_of(config, name), name=name,
-                    looks=protocol.looks(config, name), also=also,
-                )  # fmt: skip
-
-            record |= _named(name, common.kept(folder, f"{seed}_{name}", arm))
-        seeds.append(record)
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+    parts = {name: functools.partial(arm, name) for name in ARMS}
+    return arms.over_seeds(config, folder, begin, ("forecast", first), parts)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from tqdm import tqdm
 
 from experiments import common
 from experiments.mitigations import protocol
@@ -58,35 +57,28 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     compiled = arms.programs(
         config.optimizer, pairs, protocol.objectives(config), protocol.changes_of(config)
     )
-    looks, seeds = protocol.looks(config), []
-    for seed in range(config.seeds):
+    looks = protocol.looks(config)
 
-        @functools.cache
-        def begin(seed=seed):
-            begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
-            return begun, divergence(pairs, begun.params, begun.parts.unseen)
+    def begin(seed):
+        begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+        return begun, divergence(pairs, begun.params, begun.parts.unseen)
 
-        def first(begin=begin):
-            begun, _ = begin()
-            probes = arms.probes_of(config, begun.parts)
-            return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]}
+    def first(start):
+        begun, _ = start
+        probes = arms.probes_of(config, begun.parts)
+        return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]}
 
-        record = common.kept(folder, f"{seed}_start", first)
-        for name in tqdm(protocol.names(config), f"methods, seed {seed}", unit="method"):
+    def arm(name, start):
+        begun, kl_of = start
+        kl = np.full((len(looks), config.unseen), np.nan, np.float32)
 
-            def arm(name=name, begin=begin):
-                begun, kl_of = begin()
-                kl = np.full((len(looks), config.unseen), np.nan, np.float32)
+        def also(number, params, state):
+            kl[looks.index(number)] = kl_of(params)
 
-                def also(number, params, state):
-                    kl[looks.index(number)] = kl_of(params)
+        return {"kl": kl} | arms.follow(
+            config, compiled, begun, protocol.arm_of(config, name), name=name, looks=looks,
+            also=also, shown=contrasted(begun) if name == MASK else None,
+        )  # fmt: skip
 
-                return {"kl": kl} | arms.follow(
-                    config, compiled, begun, protocol.arm_of(config, name), name=name, looks=looks,
-                    also=also, shown=contrasted(begun) if name == MASK else None,
-                )  # fmt: skip
-
-            made = common.kept(folder, f"{seed}_{name}", arm)
-            record |= {f"{name}_{key}": value for key, value in made.items()}
-        seeds.append(record)
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+    parts = {name: functools.partial(arm, name) for name in protocol.names(config)}
+    return arms.over_seeds(config, folder, begin, ("start", first), parts)

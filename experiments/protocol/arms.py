@@ -312,3 +312,33 @@ def _read(file: Path, like: PyTree, identity: str) -> PyTree:
             f"{file}: a start of another model, data or supervision, expected this run's"
         )
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(x) for x in arrays.values()])
+
+
+def over_seeds(
+    config: Protocol,
+    folder: Path | None,
+    begin: Callable[[int], Any],
+    first: tuple[str, Callable[[Any], Mapping[str, Any]]],
+    parts: Mapping[str, Callable[[Any], Mapping[str, Any]]],
+) -> dict[str, np.ndarray]:
+    """All parts of a run, seed after seed, each made once and kept in the run's folder.
+
+    Args:
+        config: For the number of seeds.
+        folder: Of the run.
+        begin: What all parts of a seed begin from; called when the first of them is to be made.
+        first: A part by name, whose arrays keep their names.
+        parts: Further parts by name; to their arrays' names their own is put, ``{part}_{array}``.
+
+    Returns:
+        All arrays with a leading axis ``seeds``.
+    """
+    seeds = []
+    for seed in range(config.seeds):
+        begun = functools.cache(functools.partial(begin, seed))
+        record = common.kept(folder, f"{seed}_{first[0]}", lambda begun=begun: first[1](begun()))
+        for name, make in tqdm(parts.items(), f"seed {seed}", unit="part"):
+            made = common.kept(folder, f"{seed}_{name}", lambda m=make, begun=begun: m(begun()))
+            record |= {f"{name}_{key}": value for key, value in made.items()}
+        seeds.append(record)
+    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
