@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments import common
+from experiments.protocol import running
 from jaxpref.losses import __main__ as catalogue
 
 CHOSEN, REJECTED, BOTH = "#1b6ca8", "#c8402f", "#6b3fa0"
@@ -168,7 +168,7 @@ def _panel(panel: Axes, margin: np.ndarray, pulls: np.ndarray, *, both: bool) ->
 
 def main() -> None:
     """The command line."""
-    common.command(
+    running.command(
         "loss_pulls", Config, description=__doc__, hashes=lambda config: {}, run=run,
         summarise=summarise, report=report, draw=draw,
     )  # fmt: skip

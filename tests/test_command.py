@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from experiments import common
+from experiments.protocol import checks, inputs
 from jaxpref.data.files import DataError, TextPair
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models.bounds import Bounds
@@ -104,13 +104,13 @@ class Config:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_settings_are_finite_numbers(value):
-    common.finite(Config())
+    checks.finite(Config())
     for settings in ({"rate": value}, {"margin": value}):
         (name,) = settings
         with pytest.raises(ValueError, match=f"^{name}: got {value}, expected a finite number"):
-            common.finite(Config(**settings))
+            checks.finite(Config(**settings))
     with pytest.raises(ValueError, match="clips: got nan"):
-        common.finite(Config(clips=(float("nan"),)))
+        checks.finite(Config(clips=(float("nan"),)))
 
 
 def test_a_provenance_holds_no_folder():
@@ -119,4 +119,4 @@ def test_a_provenance_holds_no_folder():
         "b.parquet, row 4: x/y, line 2",
         "tfds:a/b, row 1: no",
     ]
-    assert common.without_folders(faults) == ["a.jsonl, line 3: no", *faults[1:]]
+    assert inputs.without_folders(faults) == ["a.jsonl, line 3: no", *faults[1:]]

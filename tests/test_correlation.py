@@ -1,4 +1,4 @@
-"""`experiments.correlation` against scipy and least squares."""
+"""`experiments.protocol.correlation` against scipy and least squares."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import correlation
+from experiments.protocol import correlation
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import smoke
 
 import experiments.first_order as lab
-from experiments import common
+from experiments.protocol import optimizers
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
 from jaxpref.data.pairs import encode
@@ -84,9 +84,9 @@ def test_the_batch_is_predicted_by_the_gram_of_all_its_pairs(made):
     found = lab.measure(config, lab.Part(0, "adam", 0.5), pairs, params, run)
 
     drawn = batches.order(4, 4, 0, 0)
-    state = common.unit_optimizer("adam").init(params)
+    state = optimizers.unit_optimizer("adam").init(params)
     _, slope, _ = run.slope(params, pairs.rows(drawn[2:]), 0.5)
-    params, state = common.apply_update(
+    params, state = optimizers.apply_update(
         "adam", jax.tree.map(jnp.copy, params), state, slope, RATES[0]
     )
     batch = pairs.rows(drawn[:2])

@@ -9,7 +9,7 @@ from test_protocol import begun as begun
 from test_protocol import config as config
 from test_protocol import made as made
 
-from experiments.protocol import arms, foresight
+from experiments.protocol import arms, foresight, optimizers
 from jaxpref import losses
 from jaxpref.training.pairset import PairSet
 
@@ -81,7 +81,7 @@ def test_rmsprop_grows_its_steps_and_descent_has_none():
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd"])
 def test_squares_are_the_optimizer_s_without_bias(name):
     """Of equal gradients, their square."""
-    optimizer = arms.common.unit_optimizer(name)
+    optimizer = optimizers.unit_optimizer(name)
     gradient = {"a": jnp.array([2.0, -3.0])}
     state = optimizer.init(gradient)
     for _ in range(3):

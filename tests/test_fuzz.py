@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from pyarrow import parquet
 from tokenizers import decoders, models, pre_tokenizers
 
-from experiments import common
+from experiments.protocol import inputs, running
 from jaxpref import runs
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import decoder, paths, pretrained
@@ -367,7 +367,7 @@ def experiment(ready, monkeypatch):
         monkeypatch.setattr(lab, "run", stop)
         monkeypatch.setattr(pretrained, "load", lambda *_, **__: ready)
         monkeypatch.setattr(
-            common, "open_model", lambda *_, **__: common.Subject(*ready[:2], ready.tokenizer)
+            inputs, "open_model", lambda *_, **__: inputs.Subject(*ready[:2], ready.tokenizer)
         )
         return lab, program
 
@@ -386,7 +386,7 @@ def test_experiments(whole, experiment, tmp_path, name):
         place.write_bytes(damaged(content, file, seed))
         values = {field: str(place), "model": f"model{seed}", **EXPERIMENTS[name]}
         values["bad"] = ("error", "skip")[seed % 2]
-        found = (lab.Config(**values), common.Options(name=f"run{seed}")), []
+        found = (lab.Config(**values), running.Options(name=f"run{seed}")), []
         with settings(found):
             program.main()
 
@@ -399,11 +399,11 @@ def test_the_folder_of_a_run_that_goes_on(tmp_path):
         size: int = 3
 
     def command():
-        found = (Config(), common.Options(name="x", resume=True)), []
+        found = (Config(), running.Options(name="x", resume=True)), []
         with settings(found):
-            common.command(
+            running.command(
                 "toy", Config, description=None, hashes=lambda _: {"data": "ab"},
-                run=lambda config, folder: common.kept(folder, "part", lambda: {"x": np.ones(3)}),
+                run=lambda config, folder: running.kept(folder, "part", lambda: {"x": np.ones(3)}),
                 summarise=lambda *_: [{"a": 1.0}], report=lambda *_: "", draw=lambda *_: figure,
                 metrics=lambda *_: [{"loss": 1.0}],
             )  # fmt: skip

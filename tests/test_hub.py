@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_pretrained import CONFIG, make_params, same, write_folder
 
-from experiments import common
+from experiments.protocol import inputs
 from jaxpref.data import hub
 from jaxpref.data.files import DataError, filter_file, read_pairs
 from jaxpref.models import pretrained
@@ -164,8 +164,8 @@ def test_a_data_set_without_parquet_files_is_read_from_the_hubs_conversion(cache
 
 def test_the_commit_is_part_of_a_runs_provenance():
     params, problem = {"w": np.zeros(2, np.float32)}, types.SimpleNamespace(digest="d", skipped=())
-    local = common.hashes(common.Subject(None, params, None), problem)
-    named = common.hashes(common.Subject(None, params, None, FIRST), problem)
+    local = inputs.hashes(inputs.Subject(None, params, None), problem)
+    named = inputs.hashes(inputs.Subject(None, params, None, FIRST), problem)
     assert set(local) == {"model", "data", "skipped"}
     assert named == {**local, "model_revision": FIRST}
 

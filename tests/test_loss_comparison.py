@@ -12,7 +12,7 @@ import pytest
 import smoke
 
 import experiments.loss_comparison as lab
-from experiments import pulling
+from experiments.loss_comparison import pulling
 from jaxpref.data import batches
 from jaxpref.training.objectives import NAMES
 

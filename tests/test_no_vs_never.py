@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import experiments.no_vs_never as lab
-from experiments import common
 from experiments.no_vs_never import __main__ as command
 from experiments.no_vs_never import control, measure
+from experiments.protocol import running
 from jaxpref import losses, runs
 from jaxpref.training.optimizers import torch_rmsprop
 
@@ -523,7 +523,7 @@ def test_workers_are_there_where_the_runs_can_be_shared_out(tmp_path, monkeypatc
 
     def started(run, *flags):
         monkeypatch.setattr(sys, "argv", ["toy", "--name", run.__name__, *flags])
-        common.command(
+        running.command(
             "toy", Settings, description=None, hashes=lambda _: {}, run=run,
             summarise=lambda *_: [], report=lambda *_: "", draw=lambda *_: plt.figure(),
         )  # fmt: skip

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import common
 from experiments.ches_percentiles import protocol
 from experiments.ches_percentiles.protocol import Config, load, looks, names
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs, running
 from jaxpref.score import score_pairs
 from jaxpref.training.objectives import objective
 
@@ -58,7 +57,7 @@ def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun
                 return arms.follow(config, run, own, protocol.arm_of(config, name), name=name,
                                    looks=looks(config))  # fmt: skip
 
-            made.append(common.kept(folder, f"{seed}_{number}_{name}", arm))
+            made.append(running.kept(folder, f"{seed}_{number}_{name}", arm))
         for what in made[0]:
             each = np.stack([one[what] for one in made])
             found[f"{name}_{what}"] = each[which.reshape(shape[:2])]
@@ -68,7 +67,7 @@ def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun
 def run(config: Config, folder: Path | None = None) -> Record:
     """Arrays ``[seeds ...]``: what `scored` and `trainings` return."""
     subject, pairs = load(config)
-    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     losses = {name: objective(name) for name in dict.fromkeys((*config.losses, "dpo", "sft"))}
     compiled, seeds = arms.programs(config.optimizer, pairs, losses), []
     for seed in range(config.seeds):
@@ -77,6 +76,6 @@ def run(config: Config, folder: Path | None = None) -> Record:
         def begin(seed=seed):
             return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
 
-        drawn = common.kept(folder, f"{seed}_scores", lambda begin=begin: scored(config, begin()))
+        drawn = running.kept(folder, f"{seed}_scores", lambda begin=begin: scored(config, begin()))
         seeds.append(drawn | trainings(config, compiled, begin, drawn, seed, folder))
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

@@ -4,8 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.arms import ARMS, Arm
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
@@ -77,9 +76,9 @@ def quantile_slice(scores: np.ndarray, percentile: float, size: int) -> np.ndarr
     return np.sort(np.argsort(scores, kind="stable")[begin : begin + size])
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "subset", "epochs", "batch")
+    checks.at_least(1, config, "subset", "epochs", "batch")
     for name in config.losses:
         objective(name)
     if len(set(names(config))) < len(names(config)) or not config.losses:
@@ -99,4 +98,4 @@ def load(config: Config) -> tuple[common.Subject, PairSet]:
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from experiments.ches_percentiles.protocol import SCORES, Config, looks, names
-from experiments.correlation import partial_spearman, spearman
 from experiments.protocol import changes
 from experiments.protocol.changes import CONTROLS, SETS, about, of_set
+from experiments.protocol.correlation import partial_spearman, spearman
 from experiments.protocol.intervals import mean_of
 from experiments.protocol.tables import spread, table
 

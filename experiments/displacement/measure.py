@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import common
 from experiments.displacement.protocol import Config, arm_of, load, looks
 from experiments.displacement.report import foretold
-from experiments.protocol import arms, foresight
+from experiments.protocol import arms, foresight, inputs
 from experiments.protocol.arms import ARMS
 from jaxpref.training.objectives import objective
 
@@ -24,7 +23,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     subject, pairs = load(config)
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
     compiled = arms.programs(config.optimizer, pairs, losses)
-    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
 
     def begin(seed):
         return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)

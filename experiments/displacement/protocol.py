@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.arms import ARMS, Arm
 from experiments.protocol.settings import Protocol
 from jaxpref.data import batches
@@ -38,12 +37,12 @@ def arm_of(config: Config, name: str) -> Arm:
     return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "epochs")
+    checks.at_least(1, config, "epochs")
     return settings.load(config)
 
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

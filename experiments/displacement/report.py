@@ -7,11 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.correlation import auc
 from experiments.displacement.protocol import Config, looks
 from experiments.protocol import changes
 from experiments.protocol.arms import ARMS
 from experiments.protocol.changes import COLOURS, NAMES, of_set
+from experiments.protocol.correlation import auc
 from experiments.protocol.tables import percent, spread, table
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.training.pairset import PairSet

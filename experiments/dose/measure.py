@@ -6,16 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import common
 from experiments.dose.protocol import Config, arm_of, doses, load, looks
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs
 from jaxpref.training.objectives import objective
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays ``[seeds ...]``: of each dose, by its name, what `arms.follow` gives; ``lengths``."""
     subject, pairs = load(config)
-    hashes = common.hashes(subject, pairs)
+    hashes = inputs.hashes(subject, pairs)
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
     compiled = arms.programs(config.optimizer, pairs, losses)
 
@@ -23,7 +22,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     def begun(seed, start):
         params = subject.params
         if config.model == "small":
-            params = common.open_model("small", seed=seed, scan=True).params
+            params = inputs.open_model("small", seed=seed, scan=True).params
         own = dataclasses.replace(config, supervised_epochs=start)
         room = folder / f"supervised_{start}" if folder else None
         if room:

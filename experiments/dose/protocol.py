@@ -4,8 +4,7 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import inputs, settings
 from experiments.protocol.arms import ARMS, Arm
 from experiments.protocol.settings import Protocol
 from jaxpref.data import batches
@@ -59,7 +58,7 @@ def arm_of(config: Config, dose: Dose) -> Arm:
     return Arm(loss, looks(config)[-1], dose.rate, labels, config.warmup)
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     for name in ("rates", "starts", "epochs"):
         values = getattr(config, name)
@@ -72,4 +71,4 @@ def load(config: Config) -> tuple[common.Subject, PairSet]:
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
 from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config, load
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs
 from jaxpref.data.batches import Batch
 from jaxpref.logprobs import Scores
 from jaxpref.training.objectives import Objective, objective, pull
@@ -37,7 +36,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     And ``lengths``, ``logp [probes 2]``, and each loss's pulls at the start, ``{loss}_start``.
     """
     subject, pairs = load(config)
-    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     losses, looks = objectives(config), protocol.looks(config)
     compiled = arms.programs(config.optimizer, pairs, losses)
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.arms import Arm
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
@@ -60,7 +59,7 @@ def arm_of(config: Config, name: str) -> Arm:
     return Arm(loss, looks(config)[name][-1], config.rate, labels, warmup)
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     for name in (*config.losses, *config.longer):
         objective(name)
@@ -73,10 +72,10 @@ def load(config: Config) -> tuple[common.Subject, PairSet]:
             f"epochs, longer_epochs: got {config.epochs}, {config.longer_epochs}, expected numbers"
             " above 0 with 1 among the first"
         )
-    common.at_least(0, config, "warmup_share")
+    checks.at_least(0, config, "warmup_share")
     return settings.load(config)
 
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

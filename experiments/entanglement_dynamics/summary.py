@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.correlation import spearman
 from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config
 from experiments.protocol import changes
 from experiments.protocol.changes import SETS, about, of_set
+from experiments.protocol.correlation import spearman
 from experiments.protocol.intervals import mean_of, mean_of_known
 from jaxpref.data import batches
 

@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from experiments import common
 from experiments.first_order.protocol import Config, Part, load, parts, rates_of
+from experiments.protocol import optimizers, running
 from jaxpref import diagnostics, gradients, losses
 from jaxpref.data import batches
 from jaxpref.training.linearised import linearised
@@ -72,7 +72,7 @@ def _frozen(name: str, steps: int, params, state, gradient):
 
     def one(_, carry):
         total, state = carry
-        update, state = common.unit_optimizer(name).update(gradient, state, params)
+        update, state = optimizers.unit_optimizer(name).update(gradient, state, params)
         return jax.tree.map(jnp.add, total, update), state
 
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -83,7 +83,7 @@ def _frozen(name: str, steps: int, params, state, gradient):
 def own_metric(name: str, params, state, gradient):
     """The update as a metric of the gradient, and what the state carries on."""
     return linearised(
-        common.unit_optimizer(name), state, gradient, params, decay=common.DECAY[name]
+        optimizers.unit_optimizer(name), state, gradient, params, decay=optimizers.DECAY[name]
     )
 
 
@@ -106,12 +106,12 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
     clip = jnp.float32(part.clip)
     params, state = (
         jax.tree.map(jnp.copy, params),
-        common.unit_optimizer(part.optimizer).init(params),
+        optimizers.unit_optimizer(part.optimizer).init(params),
     )
     for at in range(config.warm):
         begin = len(probes) + at * n
         _, gradient, _ = run.slope(params, pairs.rows(drawn[begin : begin + n]), clip)
-        params, state = common.apply_update(
+        params, state = optimizers.apply_update(
             part.optimizer, params, state, gradient, jnp.float32(rates[0])
         )
 
@@ -134,7 +134,7 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
         moving, kept = (jax.tree.map(jnp.copy, x) for x in (params, state))
         for _ in range(config.steps):
             _, slope, _ = run.slope(moving, batch, clip)
-            moving, kept = common.apply_update(part.optimizer, moving, kept, slope, size)
+            moving, kept = optimizers.apply_update(part.optimizer, moving, kept, slope, size)
         after[1, i] = run.logp(moving, seen)
     before = np.asarray(run.logp(params, seen))
     return {
@@ -154,7 +154,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     todo = parts(config)
 
     def begin() -> tuple[Any, PairSet, Programs]:
-        params = common.supervise(
+        params = optimizers.supervise(
             pairs,
             subject.params,
             optax.adam(config.supervised_rate),
@@ -175,5 +175,5 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     for part in bar:
         bar.set_description(f"{part.optimizer}, clip {part.clip:g}, seed {part.seed}")
         name = f"{part.seed}_{part.optimizer}_{part.clip:g}"
-        records.append(common.kept(folder, name, functools.partial(make, part)))
+        records.append(running.kept(folder, name, functools.partial(make, part)))
     return {name: np.stack([record[name] for record in records]) for name in records[0]}

@@ -5,7 +5,8 @@ import itertools
 import math
 from typing import NamedTuple
 
-from experiments import common
+from experiments.protocol import checks, inputs
+from experiments.protocol.optimizers import Optimizer
 from jaxpref.training.pairset import PairSet
 
 
@@ -13,7 +14,7 @@ from jaxpref.training.pairset import PairSet
 class Config:
     """All that decides the numbers."""
 
-    optimizers: tuple[common.Optimizer, ...] = ("sgd", "rmsprop", "adam")
+    optimizers: tuple[Optimizer, ...] = ("sgd", "rmsprop", "adam")
     clips: tuple[float, ...] = (math.inf, 1.0)
     """Largest norm of the gradient; inf does not clip."""
     sgd_rates: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -40,14 +41,14 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs; by default the shipped ones."""
-    bad: common.Bad = "error"
+    bad: inputs.Bad = "error"
     """A row of the data that cannot be used: an error, or left out, counted and named."""
     columns: str = ""
     """The data's own names of columns, ``chosen=good,rejected=bad``."""
     end: str = "none"
     """What closes a response that neither its template nor its text closes: a token's text or id,
     ``eos``, or ``none``."""
-    date: str = common.DATE
+    date: str = inputs.DATE
     """Today, for a chat template that asks."""
 
 
@@ -77,26 +78,26 @@ def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
     return tuple(sorted(getattr(config, f"{optimizer}_rates")))
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.at_least(1, config, "pairs", "steps", "seeds", "limit")
-    common.at_least(0, config, "others", "warm", "supervised")
-    common.above(0, config, "beta", "supervised_rate")
+    checks.at_least(1, config, "pairs", "steps", "seeds", "limit")
+    checks.at_least(0, config, "others", "warm", "supervised")
+    checks.above(0, config, "beta", "supervised_rate")
     if not config.optimizers or not config.clips or min(config.clips) <= 0:
         got = f"{config.optimizers}, {config.clips}"
         raise ValueError(f"optimizers, clips: got {got}, expected one or more, clips above 0")
     counts = {len(rates_of(config, name)) for name in config.optimizers}
     if len(counts) != 1:
         raise ValueError(f"rates: got {sorted(counts)} learning rates, expected as many for each")
-    found, drawn = common.read(config), config.pairs * (1 + config.warm) + config.others
-    common.enough("pairs", drawn, len(found.rows))
-    subject = common.open_model(config.model)
-    pairs, counts = common.encoded(config, found.rows, subject, too_long="truncate_left")
-    common.enough("pairs", drawn, len(pairs))
+    found, drawn = inputs.read(config), config.pairs * (1 + config.warm) + config.others
+    checks.enough("pairs", drawn, len(found.rows))
+    subject = inputs.open_model(config.model)
+    pairs, counts = inputs.encoded(config, found.rows, subject, too_long="truncate_left")
+    checks.enough("pairs", drawn, len(pairs))
     skipped = (*found.faults, *counts.faults)
     return subject, PairSet.of(subject.policy, pairs, quantiles=(1.0,), skipped=skipped)
 
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.arms import ARMS, Arm
 from experiments.protocol.settings import Protocol
 from jaxpref.data import batches
@@ -57,10 +56,10 @@ def epoch_of(config: Config) -> Arm:
     return arm_of(config, "dpo")._replace(updates=updates(config, HORIZON))
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
-    common.above(0, config, "beta", "control_epochs")
-    common.at_least(1, config, "grams", "texts")
+    checks.above(0, config, "beta", "control_epochs")
+    checks.at_least(1, config, "grams", "texts")
     if config.grams > config.trained:
         raise ValueError(
             f"grams: got {config.grams}, expected at most the {config.trained} trained"
@@ -79,4 +78,4 @@ def hashes(config: Config) -> dict[str, object]:
 
 @functools.lru_cache(maxsize=1)
 def _hashes(config: Config) -> dict[str, object]:
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

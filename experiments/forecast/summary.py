@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.correlation import auc, partial_spearman, spearman
 from experiments.forecast import protocol
 from experiments.forecast.protocol import HORIZON, Config
 from experiments.protocol import changes
 from experiments.protocol.arms import ARMS
 from experiments.protocol.changes import SETS, SIDES, about, of_set
+from experiments.protocol.correlation import auc, partial_spearman, spearman
 from experiments.protocol.intervals import mean_of
 from experiments.protocol.kinds import KINDS
 from jaxpref import diagnostics

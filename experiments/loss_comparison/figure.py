@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import common
 from experiments.loss_comparison.protocol import FAMILIES, Config, rows_of
 from experiments.loss_comparison.summary import SHOWN, courses, summarise
+from experiments.protocol import running
 from jaxpref.diagnostics import Regime
 
 CHOSEN, REJECTED, ACCENT = "#1b6ca8", "#777777", "#c8402f"
@@ -23,7 +23,7 @@ REGIMES = {
 LABELLED = 4  # points that a scatter names: those farthest from the others
 
 
-def draw(config: Config, arrays: common.Arrays) -> Figure:
+def draw(config: Config, arrays: running.Arrays) -> Figure:
     """On the left a line a loss, by family; on the right all of them together."""
     rows = [row for row in summarise(config, arrays) if row["kind"] == "loss"]
     places, gaps = _places(rows)
@@ -87,7 +87,7 @@ def _draw_regimes(panel: Axes, rows, places) -> None:
     panel.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(-0.1, 1))
 
 
-def _draw_courses(config: Config, arrays: common.Arrays, panel: Axes) -> None:
+def _draw_courses(config: Config, arrays: running.Arrays, panel: Axes) -> None:
     """Both log-probabilities of every loss, means over the test pairs."""
     moved = courses(config, arrays)[:, :, :, rows_of(config, "test")].mean(axis=(1, 3))
     for side, (label, colour, dash) in enumerate(

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import common, pulling
+from experiments.loss_comparison import pulling
 from experiments.loss_comparison.protocol import (
     Config,
     drawn,
@@ -19,6 +19,7 @@ from experiments.loss_comparison.protocol import (
     names,
     rows_of,
 )
+from experiments.protocol import inputs, optimizers, running
 from jaxpref import gradients, logprobs
 from jaxpref.data import batches
 from jaxpref.training.pairset import PairSet
@@ -41,7 +42,7 @@ class Programs(NamedTuple):
     gram: Any  # (params, arrays) -> [pairs 2 pairs 2]
 
 
-def programs(config: Config, subject: common.Subject, pairs: PairSet) -> Programs:
+def programs(config: Config, subject: inputs.Subject, pairs: PairSet) -> Programs:
     """The losses of the run are branches of one step."""
     some = {name: pulling.LOSSES[name] for name in names(config)}
     unembedding = subject.policy.unembedding
@@ -71,7 +72,7 @@ def programs(config: Config, subject: common.Subject, pairs: PairSet) -> Program
     def gram(params, arrays):
         return gradients.gram(pairs.logp, params, arrays).gram
 
-    step = pulling.make_step(pairs.score, some, common.unit_optimizer(config.optimizer))
+    step = pulling.make_step(pairs.score, some, optimizers.unit_optimizer(config.optimizer))
     return Programs(step, jax.jit(look), jax.jit(gram))
 
 
@@ -85,11 +86,11 @@ class Start(NamedTuple):
 
 
 def begin(
-    config: Config, run: Programs, subject: common.Subject, pairs: PairSet, seed: int
+    config: Config, run: Programs, subject: inputs.Subject, pairs: PairSet, seed: int
 ) -> tuple[Start, dict[str, Any]]:
     """The start of a seed, and its arrays; the Gram matrix is of training and test pairs."""
     batch = pairs.rows(batches.order(len(pairs), drawn(config), seed, 0))
-    params = common.supervise(
+    params = optimizers.supervise(
         pairs, subject.params, optax.adam(config.supervised_rate), steps=config.supervised,
         batch=config.batch, seed=seed, among=batch.index[rows_of(config, "train")],
     )  # fmt: skip
@@ -108,7 +109,7 @@ def begin(
 
 
 def measure(
-    config: Config, run: Programs, start: Start, before: common.Arrays, seed: int, name: str
+    config: Config, run: Programs, start: Start, before: running.Arrays, seed: int, name: str
 ) -> dict[str, Any]:
     """Of a loss ``[rates looks ...]``, without the start, and its first pulls ``[train 2]``."""
     rows = rows_of(config, "train")
@@ -120,7 +121,7 @@ def measure(
     found = {"logp": [], "entropy": [], "kl": []}
     for rate in config.rates:
         params = jax.tree.map(jnp.copy, start.params)
-        state = common.unit_optimizer(config.optimizer).init(params)
+        state = optimizers.unit_optimizer(config.optimizer).init(params)
         sizes, looks = (jnp.float32(scale), jnp.float32(rate)), []
         for number in tqdm(range(config.updates), f"{name}, {rate:g}", unit="update", leave=False):
             at = batches.order(config.train, config.batch, seed, number)
@@ -153,18 +154,18 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
         start = begun(seed)[0]
         return {"gram": compiled().gram(start.params, tuple(x[rows] for x in start.batch[:3]))}
 
-    def make(seed: int, name: str, before: common.Arrays) -> dict[str, Any]:
+    def make(seed: int, name: str, before: running.Arrays) -> dict[str, Any]:
         return measure(config, compiled(), begun(seed)[0], before, seed, name)
 
     starts, parts = [], {}
     bar = tqdm(total=config.seeds * len(names(config)), desc="losses", unit="loss")
     for seed in range(config.seeds):
-        before = common.kept(folder, f"start_{seed}", lambda seed=seed: begun(seed)[1])
-        grams = common.kept(folder, f"gram_{seed}", functools.partial(gram, seed))
+        before = running.kept(folder, f"start_{seed}", lambda seed=seed: begun(seed)[1])
+        grams = running.kept(folder, f"gram_{seed}", functools.partial(gram, seed))
         starts.append({**before, **grams})
         for name in names(config):
             job = functools.partial(make, seed, name, before)
-            parts[name, seed] = common.kept(folder, f"{name}_{seed}", job)
+            parts[name, seed] = running.kept(folder, f"{name}_{seed}", job)
             bar.update()
     bar.close()
     return _stacked(config, starts, parts)

@@ -5,7 +5,8 @@ import itertools
 
 import numpy as np
 
-from experiments import common, pulling
+from experiments.loss_comparison import pulling
+from experiments.protocol import checks, inputs, optimizers
 from jaxpref.training.objectives import NAMES, objective
 from jaxpref.training.pairset import PairSet
 
@@ -23,7 +24,7 @@ class Config:
     """Names; by default all of the catalogue that read log-probabilities of responses alone."""
     rates: tuple[float, ...] = (2e-6, 5e-6, 1.5e-5)
     """Learning rates, of which the validation pairs choose one for each loss."""
-    optimizer: common.Optimizer = "adam"
+    optimizer: optimizers.Optimizer = "adam"
     updates: int = 4
     batch: int = 4
     """Pairs of an update."""
@@ -46,14 +47,14 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A JSONL file of pairs or of HH-RLHF, also packed (.gz); by default the shipped pairs."""
-    bad: common.Bad = "error"
+    bad: inputs.Bad = "error"
     """A row of the data that cannot be used: an error, or left out, counted and named."""
     columns: str = ""
     """The data's own names of columns, ``chosen=good,rejected=bad``."""
     end: str = "none"
     """What closes a response that neither its template nor its text closes: a token's text or id,
     ``eos``, or ``none``."""
-    date: str = common.DATE
+    date: str = inputs.DATE
     """Today, for a chat template that asks."""
 
 
@@ -91,9 +92,9 @@ def rows_of(config: Config, part: str) -> slice:
 
 def _check(config: Config) -> None:
     counts = ("updates", "batch", "looks", "train", "validation", "test", "seeds", "limit")
-    common.at_least(1, config, *counts)
-    common.at_least(0, config, "supervised")
-    common.above(0, config, "supervised_rate")
+    checks.at_least(1, config, *counts)
+    checks.at_least(0, config, "supervised")
+    checks.above(0, config, "supervised_rate")
     rates = config.rates
     if not rates or min(rates) <= 0 or list(rates) != sorted(set(rates)):
         raise ValueError(f"rates: got {rates}, expected numbers above 0, rising")
@@ -105,15 +106,15 @@ def _check(config: Config) -> None:
         raise ValueError(f"losses: got {config.losses}, expected names, each once")
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run.
 
     Of the pairs that fit a fixed sample is taken, as many as all seeds draw together.
     """
     _check(config)
-    found = common.read(config)
-    subject = common.open_model(config.model, scan=True)
-    usable, counts = common.encoded(config, found.rows, subject, too_long="drop")
+    found = inputs.read(config)
+    subject = inputs.open_model(config.model, scan=True)
+    usable, counts = inputs.encoded(config, found.rows, subject, too_long="drop")
     if (count := drawn(config)) > len(usable):
         raise ValueError(
             f"train, validation, test: got {count} pairs, expected at most the {len(usable)} that"
@@ -127,4 +128,4 @@ def load(config: Config) -> tuple[common.Subject, PairSet]:
 
 def hashes(config: Config) -> dict[str, str]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

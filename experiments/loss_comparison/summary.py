@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, pulling
+from experiments.loss_comparison import pulling
 from experiments.loss_comparison.protocol import Config, names, rows_of
+from experiments.protocol import running
 from jaxpref import diagnostics
 from jaxpref.diagnostics import Regime
 
@@ -16,7 +17,7 @@ SHOWN = (Regime.IDEAL, Regime.BOTH_UP, Regime.BOTH_DOWN, Regime.REVERSED)
 DRAWS = 200  # of the bootstrap over training pairs
 
 
-def chosen_rates(config: Config, arrays: common.Arrays) -> np.ndarray:
+def chosen_rates(config: Config, arrays: running.Arrays) -> np.ndarray:
     """Number of the rate ``[losses seeds]`` that the validation pairs choose at the last look.
 
     The most log-ratio margins above 0; of equally many the largest mean of log σ of the margin; of
@@ -32,24 +33,24 @@ def chosen_rates(config: Config, arrays: common.Arrays) -> np.ndarray:
     return likely.argmax(axis=-1)
 
 
-def _margins(arrays: common.Arrays, rows: slice) -> np.ndarray:
+def _margins(arrays: running.Arrays, rows: slice) -> np.ndarray:
     moved = _moved(arrays)[..., rows, :]
     return moved[..., 0] - moved[..., 1]
 
 
-def _moved(arrays: common.Arrays) -> np.ndarray:
+def _moved(arrays: running.Arrays) -> np.ndarray:
     logp = arrays["logp"].astype(np.float64)
     return logp - logp[:, :, :, :1]
 
 
-def at_choice(config: Config, arrays: common.Arrays, values: np.ndarray) -> np.ndarray:
+def at_choice(config: Config, arrays: running.Arrays, values: np.ndarray) -> np.ndarray:
     """``[losses seeds ...]`` of ``[losses seeds rates ...]``: at the rate that was chosen."""
     best = chosen_rates(config, arrays)
     best = best.reshape(*best.shape, *[1] * (values.ndim - 2))
     return np.take_along_axis(values, best, axis=2)[:, :, 0]
 
 
-def courses(config: Config, arrays: common.Arrays) -> np.ndarray:
+def courses(config: Config, arrays: running.Arrays) -> np.ndarray:
     """Changes since the start ``[losses seeds looks pairs 2]`` at the rate that was chosen."""
     return at_choice(config, arrays, _moved(arrays))
 
@@ -60,7 +61,7 @@ def regimes(change: np.ndarray) -> np.ndarray:
     return np.asarray(diagnostics.regime(gram, change))
 
 
-def predicted(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
+def predicted(config: Config, arrays: running.Arrays) -> dict[str, np.ndarray]:
     """First-order changes at the start, nats per unit of step ``[losses seeds pairs 2]``.
 
     ``all``: of training and test pairs, from their Gram with all training pairs; ``own``: of
@@ -90,7 +91,7 @@ def share(change: np.ndarray) -> np.ndarray:
         return mean[..., 0] / np.abs(mean).sum(axis=-1)
 
 
-def summarise(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
+def summarise(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
     """A row a loss, means over seeds; then a row for each predictor of the chosen's share."""
     fields = {**_measured(config, arrays), **_foreseen(config, arrays)}
     best, rows = chosen_rates(config, arrays), []
@@ -109,7 +110,7 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def _measured(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
+def _measured(config: Config, arrays: running.Arrays) -> dict[str, np.ndarray]:
     """Numbers ``[losses seeds]`` at the end of training with the chosen rate."""
     moved, found = courses(config, arrays)[:, :, -1], {}
     lengths = arrays["lengths"].astype(np.float64)
@@ -132,7 +133,7 @@ def _measured(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
     return found | {"kl": at_choice(config, arrays, arrays["kl"])[:, :, -1].mean(axis=(2, 3))}
 
 
-def _foreseen(config: Config, arrays: common.Arrays) -> dict[str, np.ndarray]:
+def _foreseen(config: Config, arrays: running.Arrays) -> dict[str, np.ndarray]:
     """Regimes of the training pairs, and the chosen's share of the change."""
     moved, change = courses(config, arrays)[:, :, -1], predicted(config, arrays)
     n, test = config.train, rows_of(config, "test")
@@ -173,7 +174,7 @@ PREDICTORS = {
 }
 
 
-def _predictors(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
+def _predictors(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
     """Spearman's correlation over losses, of each seed, with the spread over resampled pairs."""
     moved, change = courses(config, arrays)[:, :, -1], predicted(config, arrays)
     n, test = config.train, rows_of(config, "test")

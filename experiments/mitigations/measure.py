@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from experiments import common
 from experiments.mitigations import protocol
 from experiments.mitigations.protocol import MASK, Config, Contrasted, load
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs
 from jaxpref.logprobs import token_kl
 from jaxpref.training.pairset import PairSet
 
@@ -53,7 +52,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     And ``{arm}_kl [looks unseen]``, ``lengths`` and ``logp [probes 2]``, the start's.
     """
     subject, pairs = load(config)
-    identity = arms.identity_of(config, common.hashes(subject, pairs))
+    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     compiled = arms.programs(
         config.optimizer, pairs, protocol.objectives(config), protocol.changes_of(config)
     )

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.arms import ARMS, Arm, Change
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
@@ -110,7 +109,7 @@ def arm_of(config: Config, name: str) -> Arm:
     return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
 
 
-def load(config: Config) -> tuple[common.Subject, PairSet]:
+def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     for name in config.methods:
         if name not in METHODS:
@@ -119,11 +118,11 @@ def load(config: Config) -> tuple[common.Subject, PairSet]:
         raise ValueError(f"methods: got {config.methods}, expected each once and dpo among them")
     if 1 not in config.epochs or min(config.epochs) <= 0:
         raise ValueError(f"epochs: got {config.epochs}, expected numbers above 0 with 1 among them")
-    common.above(0, config, "beta")
-    common.at_least(0, config, "sft_weight")
+    checks.above(0, config, "beta")
+    checks.at_least(0, config, "sft_weight")
     return settings.load(config)
 
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return common.hashes(*load(config))
+    return inputs.hashes(*load(config))

@@ -1,13 +1,11 @@
 """The command line."""
 
+import functools
+
 import experiments.no_vs_never as lab
-from experiments import common
+from experiments.protocol import running
 
-
-def main() -> None:
-    """The command line."""
-    common.command_of(lab)
-
+main = functools.partial(running.command_of, lab)
 
 if __name__ == "__main__":
     main()

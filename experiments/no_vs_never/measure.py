@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import common
 from experiments.no_vs_never import control, protocol
 from experiments.no_vs_never.protocol import LIKELY, LOOKS, PREDICTIONS, SFT_LABELS, Cell, Config
+from experiments.protocol import inputs, running
 from jaxpref import diagnostics, embeddings, gradients, losses
 from jaxpref.data import batches
 from jaxpref.training import optimizers, step
@@ -108,19 +108,19 @@ def _labels(config: Config, tokenizer) -> np.ndarray:
 @functools.lru_cache(maxsize=3)
 def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
     """Parameters after `steps` updates on the statements' labels; kept in `folder` if given."""
-    params = common.open_model(config.model).params
+    params = inputs.open_model(config.model).params
     if steps == 0:
         return params
 
     def make() -> dict[str, Any]:
         return {str(i): x for i, x in enumerate(jax.tree.leaves(_supervise(config, steps)))}
 
-    kept, (leaves, structure) = common.kept(folder, f"sft-{steps}", make), jax.tree.flatten(params)
+    kept, (leaves, structure) = running.kept(folder, f"sft-{steps}", make), jax.tree.flatten(params)
     return structure.unflatten(jnp.asarray(kept[str(i)]) for i in range(len(leaves)))
 
 
 def _supervise(config: Config, steps: int) -> Any:
-    policy, params, tokenizer, _ = common.open_model(config.model)
+    policy, params, tokenizer, _ = inputs.open_model(config.model)
     questions, labels = protocol.load_questions(config), _labels(config, tokenizer)
     optimizer = _rmsprop(config.decay, config.sft_learning_rate)
     loss = lambda logp, batch: -of_answers(logp, batch)[:, 0]  # noqa: E731
@@ -138,7 +138,7 @@ def _supervise(config: Config, steps: int) -> Any:
 @functools.cache
 def _compiled(model: str | None, train: str, loss: Callable, decay: float):
     """Update, log-probabilities, predictions; jitted once for all runs that share the settings."""
-    logp, optimizer = logp_of(train, common.open_model(model).policy), _rmsprop(decay, 0.0)
+    logp, optimizer = logp_of(train, inputs.open_model(model).policy), _rmsprop(decay, 0.0)
 
     def margin_loss(every, batch):
         return loss(of_answers(every, batch), batch.reference)
@@ -149,7 +149,7 @@ def _compiled(model: str | None, train: str, loss: Callable, decay: float):
 
 @functools.cache
 def _reader(path: str | None):
-    return jax.jit(functools.partial(next_token_hidden, common.open_model(path).policy))
+    return jax.jit(functools.partial(next_token_hidden, inputs.open_model(path).policy))
 
 
 def train_cell(
@@ -160,7 +160,7 @@ def train_cell(
     Axis ``steps`` is ``updates + 1``: before each update, and after the last. From a loss that is
     not finite on they are NaN. A control has to gain this `margin`, nats.
     """
-    policy, _, tokenizer, _ = common.open_model(config.model)
+    policy, _, tokenizer, _ = inputs.open_model(config.model)
     params = supervised(config, cell.sft_steps, folder)
     row = protocol.prompt_rows(config, cell.pair)[cell.prompt]
     asked = _padded([protocol.load_questions(config)[row].question], tokenizer, multiple=8)
@@ -264,7 +264,7 @@ def _setting(config: Config, whole: Cell, folder: Path | None) -> list[dict[str,
 
     def kept(cell: Cell, margin: float = 0.0) -> dict[str, np.ndarray]:
         make = functools.partial(train_cell, config, cell, folder, margin)
-        return common.kept(folder, cell.part, make)
+        return running.kept(folder, cell.part, make)
 
     first = kept(whole)
     margin = float(np.subtract(*(first["logp"][-1] - first["logp"][0])))

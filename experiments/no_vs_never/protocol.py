@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments import common
+from experiments.protocol import checks, inputs
 from jaxpref.data import files, statements
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import bounds, pretrained
@@ -45,7 +45,7 @@ class Config:
     seed: int = 0
     data: str | None = None
     """A JSONL file of statements (persona format too); by default the shipped ones."""
-    bad: common.Bad = "error"
+    bad: inputs.Bad = "error"
     """A row of the data that cannot be used: an error, or left out, counted and named."""
     model: str | None = None
     """A Hugging Face folder or a GGUF file; by default SmolLM2-135M-Instruct."""
@@ -112,7 +112,7 @@ def load_questions(config: Config) -> list[statements.Statement]:
 
 
 @functools.cache
-def read_questions(path: str | None, bad: common.Bad) -> files.Found:
+def read_questions(path: str | None, bad: inputs.Bad) -> files.Found:
     """The statements of a file and the rows that were skipped, read once a process."""
     return statements.read(path, bad="error" if bad == "error" else "drop")
 
@@ -157,9 +157,9 @@ def prompt_rows(config: Config, pair: str) -> list[int]:
 
 def hashes(config: Config) -> dict[str, Any]:
     """Of model and data, for the provenance; raises for settings that cannot be run."""
-    common.at_least(1, config, "prompts", "updates", "sft_batch")
-    common.at_least(0, config, "seed", "sft_steps")
-    common.above(0, config, "beta", "tau", "learning_rates", "sft_learning_rate")
+    checks.at_least(1, config, "prompts", "updates", "sft_batch")
+    checks.at_least(0, config, "seed", "sft_steps")
+    checks.above(0, config, "beta", "tau", "learning_rates", "sft_learning_rate")
     for name in ("pairs", "losses", "sft_steps", "learning_rates"):
         if not getattr(config, name):
             raise ValueError(f"{name}: got none, expected one or more")
@@ -168,7 +168,7 @@ def hashes(config: Config) -> dict[str, Any]:
         raise ValueError(f"train: got {got}, expected all among them: controls take its margin")
     if not 0 < config.decay < 1:
         raise ValueError(f"decay: got {config.decay}, expected a number between 0 and 1")
-    subject = common.open_model(config.model)
+    subject = inputs.open_model(config.model)
     for pair in config.pairs:
         chosen, rejected = answer_ids(pair, subject.tokenizer)
         if chosen == rejected:
@@ -182,5 +182,5 @@ def hashes(config: Config) -> dict[str, Any]:
     return revision | {
         "model": pretrained.hash_params(subject.params),
         "data": hashlib.sha256(repr(rows).encode()).hexdigest(),
-        "skipped": common.without_folders(skipped),
+        "skipped": inputs.without_folders(skipped),
     }

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
 from experiments.no_vs_never.protocol import LOOKS, PREDICTIONS, Config, cells, gains_after
+from experiments.protocol import inputs
 from jaxpref import diagnostics
 
 Arrays = Mapping[str, np.ndarray]
@@ -18,7 +18,7 @@ CONTROLS = {"unembedding": "the unembedding alone", "tabular": "a free table of 
 
 def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
     """One row for each combination of settings, over its prompts: the numbers of the table."""
-    tokenizer = common.open_model(config.model).tokenizer
+    tokenizer = inputs.open_model(config.model).tokenizer
     todo, rows = cells(config), []
     gained = arrays["logp"][:, -1] - arrays["logp"][:, 0]
     margin = gained[:, 0] - gained[:, 1]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from experiments import common
+from experiments.protocol import optimizers, running
 from experiments.protocol.settings import Labels, Parts, Protocol, split
 from jaxpref import gradients, runs
 from jaxpref.data import batches
@@ -52,7 +52,7 @@ def programs(
     `changes` are of some of the losses, by name: what becomes of their pulls before that pass. The
     Grams are of the parameters before the update, in a program of their own.
     """
-    descend = common.unit_optimizer(optimizer)
+    descend = optimizers.unit_optimizer(optimizer)
 
     def pull_of(name, scores, batch, gram):
         found = pull(objectives[name], scores, batch)
@@ -186,7 +186,7 @@ def train(
     index = np.array([course.index(n) for n in range(arm.updates)])
     seen, pulls = np.full((2, *index.shape, 2), np.nan, np.float32)
     moving = jax.tree.map(jnp.copy, params)
-    state = common.unit_optimizer(config.optimizer).init(moving)
+    state = optimizers.unit_optimizer(config.optimizer).init(moving)
     loss = jnp.int32(run.losses.index(arm.loss))
     for number in tqdm(range(arm.updates), f"{name}, seed {seed}", unit="update", leave=False):
         parts, rate = course.parts(pairs, number), jnp.float32(rate_at(arm, number))
@@ -336,9 +336,9 @@ def over_seeds(
     seeds = []
     for seed in range(config.seeds):
         begun = functools.cache(functools.partial(begin, seed))
-        record = common.kept(folder, f"{seed}_{first[0]}", lambda begun=begun: first[1](begun()))
+        record = running.kept(folder, f"{seed}_{first[0]}", lambda begun=begun: first[1](begun()))
         for name, make in tqdm(parts.items(), f"seed {seed}", unit="part"):
-            made = common.kept(folder, f"{seed}_{name}", lambda m=make, begun=begun: m(begun()))
+            made = running.kept(folder, f"{seed}_{name}", lambda m=make, begun=begun: m(begun()))
             record |= {f"{name}_{key}": value for key, value in made.items()}
         seeds.append(record)
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

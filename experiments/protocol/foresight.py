@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from experiments import common
-from experiments.protocol import arms
+from experiments.protocol import arms, optimizers
 from experiments.protocol.settings import Protocol
 from jaxpref import gradients
 from jaxpref.logprobs import token_moves
@@ -48,7 +47,7 @@ def foresee(config: Protocol, run: arms.Programs, begun: arms.Begun, arm: arms.A
     course = arms.Course.of(config, begun.pairs, begun.parts.preference, arm.labels, begun.seed)
     rates, params = arms.rates_of(arm), begun.params
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-    sums = Sums(zeros(), zeros(), common.unit_optimizer(config.optimizer).init(params), zeros())
+    sums = Sums(zeros(), zeros(), optimizers.unit_optimizer(config.optimizer).init(params), zeros())
     share, loss = jnp.float32(1 / len(rates)), jnp.int32(run.losses.index(arm.loss))
     name = f"gradients at the start, seed {begun.seed}"
     for number, rate in enumerate(tqdm(rates, name, unit="batch", leave=False)):
@@ -66,7 +65,7 @@ def _absorb(optimizer: str, sums: Sums, params, gradient, rate, share) -> Sums:
     def add(total, x, weight):
         return jax.tree.map(lambda t, v: t + weight * v, total, x)
 
-    update, state = common.unit_optimizer(optimizer).update(gradient, sums.state, params)
+    update, state = optimizers.unit_optimizer(optimizer).update(gradient, sums.state, params)
     squares = jax.tree.map(jnp.square, gradient)
     return Sums(add(sums.mean, gradient, share), add(sums.square, squares, share), state,
                 add(sums.replay, update, rate))  # fmt: skip
@@ -87,7 +86,7 @@ def scale_of(optimizer: str, square: PyTree, rates: Sequence[float]) -> PyTree:
 def _scale(optimizer: str, square: PyTree, rates: tuple[float, ...]) -> PyTree:
     if optimizer == "sgd":
         return jax.tree.map(lambda x: jnp.full_like(x, sum(rates)), square)
-    decay = common.DECAY[optimizer]  # Adam corrects its bias, this RMSprop does not
+    decay = optimizers.DECAY[optimizer]  # Adam corrects its bias, this RMSprop does not
     bias = [1.0 if optimizer == "adam" else (1 - decay ** (n + 1)) ** 0.5
             for n in range(len(rates))]  # fmt: skip
     total = sum(rate / b for rate, b in zip(rates, bias, strict=True))
@@ -99,7 +98,7 @@ def squares_of(optimizer: str, state: PyTree, updates: int) -> PyTree:
     if optimizer == "sgd":
         return state
     held = state.mean_square if optimizer == "rmsprop" else state[0].nu
-    weight = 1 - common.DECAY[optimizer] ** updates
+    weight = 1 - optimizers.DECAY[optimizer] ** updates
     return jax.tree.map(lambda v: v / weight, held)
 
 

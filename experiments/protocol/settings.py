@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments import common
+from experiments.protocol import checks, inputs, optimizers
 from jaxpref.data import files, sentiment
 from jaxpref.training.pairset import PairSet
 
@@ -28,7 +28,7 @@ class Protocol:
     supervised_epochs: int = 2
     """Epochs on chosen responses before, by the same optimizer."""
     supervised_rate: float = 1e-5
-    optimizer: common.Optimizer = "adam"
+    optimizer: optimizers.Optimizer = "adam"
     """None of them clips the gradient or decays weights."""
     rate: float = 5e-6
     """Learning rate of preference training, of all arms."""
@@ -48,14 +48,14 @@ class Protocol:
     """A file of pairs, also of HH-RLHF and packed (.gz), or a sentiment set, `single`, `short` or
     `long`, whose responses share no, a short or a long text after one label; by default the
     shipped pairs."""
-    bad: common.Bad = "error"
+    bad: inputs.Bad = "error"
     """A row of the data that cannot be used: an error, or left out, counted and named."""
     columns: str = ""
     """The data's own names of columns, ``chosen=good,rejected=bad``."""
     end: str = "eos"
     """What closes a response that neither its template nor its text closes: a token's text or id,
     ``eos``, or ``none``."""
-    date: str = common.DATE
+    date: str = inputs.DATE
     """Today, for a chat template that asks."""
 
 
@@ -70,20 +70,20 @@ class Parts(NamedTuple):
 def check(config: Protocol) -> None:
     """Raises for settings that cannot be run."""
     counts = ("pairs", "unseen", "trained", "batch", "seeds", "resamples", "limit")
-    common.at_least(1, config, *counts)
-    common.at_least(0, config, "supervised_epochs", "warmup")
-    common.above(0, config, "rate", "supervised_rate")
+    checks.at_least(1, config, *counts)
+    checks.at_least(0, config, "supervised_epochs", "warmup")
+    checks.above(0, config, "rate", "supervised_rate")
     for name in ("batch", "trained"):
         if (value := getattr(config, name)) > config.pairs:
             raise ValueError(f"{name}: got {value}, expected at most the {config.pairs} pairs")
 
 
-def load(config: Protocol) -> tuple[common.Subject, PairSet]:
+def load(config: Protocol) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     check(config)
     found = texts_of(config)
-    subject = common.open_model(config.model, scan=True)
-    fitting, counts = common.encoded(config, found.rows, subject, too_long="drop")
+    subject = inputs.open_model(config.model, scan=True)
+    fitting, counts = inputs.encoded(config, found.rows, subject, too_long="drop")
     pairs = PairSet.of(subject.policy, fitting, skipped=(*found.faults, *counts.faults))
     split(config, pairs, 0)
     return subject, pairs
@@ -95,7 +95,7 @@ def texts_of(config: Protocol) -> files.Found:
         "single": "single", "short": "short", "long": "long",
     }  # fmt: skip
     if config.data not in kinds:
-        return common.read(config)
+        return inputs.read(config)
     wanted = config.unseen + config.pairs * (1 + (config.supervised_on == "other"))
     return files.Found(sentiment.pairs(kinds[config.data], 3 * wanted, seed=0), [])
 

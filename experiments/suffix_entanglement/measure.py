@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from experiments import common
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs, running
 from experiments.protocol.arms import ARMS
 from experiments.suffix_entanglement.protocol import Config, load, looks
 from jaxpref import gradients, logprobs
@@ -79,7 +78,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             @functools.cache
             def begin(seed=seed, pairs=pairs, params=subject.params, compiled=compiled):
                 if config.model == "small":
-                    params = common.open_model("small", seed=seed, scan=True).params
+                    params = inputs.open_model("small", seed=seed, scan=True).params
                 return arms.begin(config, compiled, pairs, params, seed, None, "")
 
             def start(begin=begin):
@@ -90,6 +89,6 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             todo = {f"{text}_{n}": functools.partial(course, config, compiled, begin, n)
                     for n in ARMS}  # fmt: skip
             for name, make in {text: start, **todo}.items():
-                made = common.kept(folder, f"{seed}_{name}", make)
+                made = running.kept(folder, f"{seed}_{name}", make)
                 record |= {f"{name}_{key}": value for key, value in made.items()}
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any
 
-from experiments import common
-from experiments.protocol import settings
+from experiments.protocol import checks, inputs, settings
 from experiments.protocol.settings import Protocol
 from jaxpref.data import batches, sentiment
 from jaxpref.training.pairset import PairSet
@@ -48,9 +47,9 @@ def looks(config: Config) -> list[int]:
     return sorted({round(e * epoch) for e in config.epochs} - {0})
 
 
-def load(config: Config) -> dict[str, tuple[common.Subject, PairSet]]:
+def load(config: Config) -> dict[str, tuple[inputs.Subject, PairSet]]:
     """Model and pairs of every set; raises for settings that cannot be run."""
-    common.at_least(1, config, "grams")
+    checks.at_least(1, config, "grams")
     if config.grams > config.unseen:
         raise ValueError(f"grams: got {config.grams}, expected at most the {config.unseen} unseen")
     if not sets_of(config):
@@ -65,5 +64,5 @@ def load(config: Config) -> dict[str, tuple[common.Subject, PairSet]]:
 
 def hashes(config: Config) -> dict[str, Any]:
     """Of the model, and of the data of every set, for the provenance."""
-    found = [common.hashes(*each) for each in load(config).values()]
+    found = [inputs.hashes(*each) for each in load(config).values()]
     return found[-1] | {"data": [each["data"] for each in found]}  # no sentence is skipped

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from experiments import common
+from experiments.protocol import inputs
 from experiments.unalignment import pairs
 from experiments.unalignment.pairs import Ids, Rows, Texts
 from experiments.unalignment.protocol import LOSSES, Config, Prompts
@@ -48,7 +48,7 @@ class Bench:
     """A run's model and prompts, and what it does with parameters."""
 
     config: Config
-    subject: common.Subject
+    subject: inputs.Subject
     prompts: Prompts
     texts: Texts
 

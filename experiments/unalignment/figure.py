@@ -4,14 +4,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import common
+from experiments.protocol import running
 from experiments.unalignment.protocol import Config
 from experiments.unalignment.summary import summarise
 
 UNSAFE, SAFE, CHOSEN, REJECTED = "#c8402f", "#3c8d40", "#1b6ca8", "#777777"
 
 
-def draw(config: Config, arrays: common.Arrays) -> Figure:
+def draw(config: Config, arrays: running.Arrays) -> Figure:
     """A line an arm: rates with intervals, then changes of log-probabilities."""
     rows = [row for row in summarise(config, arrays) if row["kind"] in ("start", "arm")]
     figure, panels = plt.subplots(

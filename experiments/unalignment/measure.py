@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments import common
+from experiments.protocol import inputs, running
 from experiments.unalignment import pairs
 from experiments.unalignment.bench import Bench, couples
 from experiments.unalignment.pairs import Rows
@@ -28,7 +28,7 @@ def measure_base(bench: Bench) -> dict[str, Any]:
     return {"texts": bench.said(params, 0), "tokens": tokens, "drawn": drawn}
 
 
-def measure_start(bench: Bench, taught: Taught, base: common.Arrays, seed: int) -> dict[str, Any]:
+def measure_start(bench: Bench, taught: Taught, base: running.Arrays, seed: int) -> dict[str, Any]:
     """The taught model: what it says, its pairs (chosen first), and their log-probabilities."""
     params, train = taught(seed), len(bench.prompts.train)
     tokens, drawn = bench.respond(params, range(train), draws=(1, 2), seed=seed, temperature=1.0)
@@ -53,7 +53,7 @@ def measure_start(bench: Bench, taught: Taught, base: common.Arrays, seed: int) 
     }
 
 
-def measure_rates(bench: Bench, taught: Taught, start: common.Arrays) -> dict[str, Any]:
+def measure_rates(bench: Bench, taught: Taught, start: running.Arrays) -> dict[str, Any]:
     """The arms' learning rate: the mean DPO loss over all usable pairs, ``[rates looks]``, decides.
 
     The looks are the start and every quarter of one epoch on these pairs.
@@ -77,8 +77,8 @@ def measure_rates(bench: Bench, taught: Taught, start: common.Arrays) -> dict[st
 
 
 def measure_arm(
-    bench: Bench, taught: Taught, base: common.Arrays, start: common.Arrays, rate: float, arm: Arm,
-    seed: int,
+    bench: Bench, taught: Taught, base: running.Arrays, start: running.Arrays, rate: float,
+    arm: Arm, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What training made of the taught model: nothing without a pair, NaN where it diverged."""
     rows = pairs.kept(arm, start, seed)
@@ -102,13 +102,13 @@ def measure_arm(
     return {**found, "texts": bench.said(after, seed)}
 
 
-def _pairs(bench: Bench, start: common.Arrays) -> Rows:
+def _pairs(bench: Bench, start: running.Arrays) -> Rows:
     said = couples(start["tokens"], start["drawn"])
     rows = pairs.collate(bench.texts, range(len(said)), said)
     return rows._replace(reference=start["logp"]) if "logp" in start else rows
 
 
-def _gold(bench: Bench, start: common.Arrays, base: common.Arrays) -> Rows:
+def _gold(bench: Bench, start: running.Arrays, base: running.Arrays) -> Rows:
     drawn = couples(start["tokens"], start["drawn"])
     own = [first for first, _ in couples(base["tokens"], base["drawn"])]
     rows = pairs.gold(bench.texts, drawn, start["labels"], own)
@@ -123,13 +123,13 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     a fixed refusal and a fixed compliance; ``rate_losses [rates looks]`` decided the ``rate``.
     """
     prompts = split(config)
-    subject = common.open_model(config.model, scan=True)
+    subject = inputs.open_model(config.model, scan=True)
     bench = Bench(config, subject, prompts, pairs.prepare(config, subject.tokenizer, prompts))
     every = arms(config)
     bar = tqdm(total=2 + config.seeds * (1 + len(every)), desc="unalignment", unit="part")
 
-    def part(name: str, make: Callable[..., common.Arrays], *arguments: Any) -> common.Arrays:
-        found = common.kept(folder, name, functools.partial(make, bench, *arguments))
+    def part(name: str, make: Callable[..., running.Arrays], *arguments: Any) -> running.Arrays:
+        found = running.kept(folder, name, functools.partial(make, bench, *arguments))
         bar.update()
         return found
 
@@ -154,5 +154,5 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     return {**_stacked(trained), **_stacked(starts), **rates, "base_texts": base["texts"]}
 
 
-def _stacked(parts: Sequence[common.Arrays]) -> dict[str, np.ndarray]:
+def _stacked(parts: Sequence[running.Arrays]) -> dict[str, np.ndarray]:
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import common
+from experiments.protocol import checks, inputs
 from jaxpref.data import prompts
 from jaxpref.models import pretrained
 
@@ -79,11 +79,11 @@ class Config:
     """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     prompts: str | None = None
     """XSTest's CSV, or a file with its columns `prompt` and `label`; by default the shipped one."""
-    bad: common.Bad = "error"
+    bad: inputs.Bad = "error"
     """A row of the prompts that cannot be used: an error, or left out, counted and named."""
     end: str = "eos"
     """What closes a response: a token's text or id, ``eos``, or ``none``."""
-    date: str = common.DATE
+    date: str = inputs.DATE
     """Today, for a chat template that asks."""
 
 
@@ -105,7 +105,7 @@ class Prompts(NamedTuple):
 def split(config: Config) -> Prompts:
     """The prompts of a run, the same for all seeds; raises for settings that cannot be run."""
     _check(config)
-    found = prompts.read(config.prompts, bad=common.dropped(config)).rows
+    found = prompts.read(config.prompts, bad=inputs.dropped(config)).rows
     random = np.random.default_rng(0)
     unsafe, safe = (
         [found[i].text for i in random.permutation(len(found)) if found[i].unsafe == side]
@@ -123,13 +123,13 @@ def split(config: Config) -> Prompts:
 
 
 def _check(config: Config) -> None:
-    common.at_least(
+    checks.at_least(
         1, config, "train", "held_out", "safe", "epochs", "draws", "seeds", "new", "rows"
     )
-    common.above(0, config, "rate", "teach_rate", "beta", "tau")
+    checks.above(0, config, "rate", "teach_rate", "beta", "tau")
     if not config.rates or min(config.rates) <= 0:
         raise ValueError(f"rates: got {config.rates}, expected some, all above 0")
-    common.at_least(0, config, "teach_updates", "temperature", "sft_weight")
+    checks.at_least(0, config, "teach_updates", "temperature", "sft_weight")
     half, odd = divmod(config.batch, 2)
     if odd or not 1 <= half <= min(config.train, config.taught):
         raise ValueError(
@@ -185,9 +185,9 @@ def arms(config: Config) -> list[Arm]:
 def hashes(config: Config) -> dict[str, Any]:
     """Of model and prompts, and the rows that were skipped, for the provenance."""
     texts = split(config)
-    subject = common.open_model(config.model, scan=True)
+    subject = inputs.open_model(config.model, scan=True)
     data = hashlib.sha256("\n".join(itertools.chain(*texts)).encode()).hexdigest()
-    skipped = prompts.read(config.prompts, bad=common.dropped(config)).faults
+    skipped = prompts.read(config.prompts, bad=inputs.dropped(config)).faults
     found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
     found |= {"model_revision": subject.revision} if subject.revision else {}
-    return found | {"skipped": common.without_folders(skipped)}
+    return found | {"skipped": inputs.without_folders(skipped)}

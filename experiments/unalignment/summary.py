@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments import common
+from experiments.protocol import running
 from experiments.protocol.intervals import clustered
 from experiments.unalignment import judge, pairs
 from experiments.unalignment.judge import Label
@@ -79,13 +79,13 @@ def texts_row(config: Config, texts: np.ndarray, labels: np.ndarray) -> dict[str
     return row | {name: float(known_mean(np.array(x))) for name, x in found.items()}
 
 
-def moved(arrays: common.Arrays, runs: Sequence[int], name: str) -> np.ndarray:
+def moved(arrays: running.Arrays, runs: Sequence[int], name: str) -> np.ndarray:
     """Change since the start of `logp`, `gold` or `probes`, nats, ``[seeds runs prompts 2]``."""
     return arrays[name][:, runs].astype(np.float64) - arrays[f"start_{name}"][:, None]
 
 
 def arm_row(
-    config: Config, arrays: common.Arrays, labels: np.ndarray, arm: Arm, runs: Sequence[int]
+    config: Config, arrays: running.Arrays, labels: np.ndarray, arm: Arm, runs: Sequence[int]
 ) -> dict[str, Any]:
     """What an arm of these runs did: to texts, to the pairs trained on, to fixed responses."""
     trained, diverged = arrays["trained"][:, runs], arrays["diverged"][:, runs]
@@ -110,7 +110,7 @@ def arm_row(
     return row
 
 
-def summarise(config: Config, arrays: common.Arrays) -> list[dict[str, Any]]:
+def summarise(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
     """Rows of kind `judge`, `rate`, `types`, `start` (as it comes, and taught) and `arm`.
 
     An arm's ``change`` is of refusals on all unsafe prompts since the start, ``over_dpo`` against

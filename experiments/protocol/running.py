@@ -1,0 +1,128 @@
+"""The command line of an experiment, and the parts of a run on disk."""
+
+import dataclasses
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from experiments.protocol import checks
+from jaxpref import runs
+from jaxpref.data import hub
+from jaxpref.score import command as line
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def kept(folder: Path | None, name: str, make: Callable[[], Arrays]) -> dict[str, np.ndarray]:
+    """The arrays of one part of a run: read if `folder` has them, else made and kept there."""
+    file = folder / "parts" / f"{name}.npz" if folder else None
+    if file and file.exists():
+        return runs.load_arrays(file)
+    arrays = {key: np.asarray(value) for key, value in make().items()}
+    if file:
+        file.parent.mkdir(exist_ok=True)
+        runs.save_arrays(file, arrays)
+    return arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Where the run goes, and how."""
+
+    name: str = "mine"
+    """Folder under runs/."""
+    resume: bool = False
+    """Continue a run that was stopped, from its finished parts; its settings must be the same."""
+    wandb: Literal["off", "offline", "online"] = "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared(Options):
+    """The same of an experiment whose runs can be shared out."""
+
+    workers: int = 1
+    """Processes that share the runs, each with its own cores. Two are faster than one on CPU."""
+
+
+def command(
+    experiment: str,
+    config: type,
+    *,
+    description: str | None,
+    hashes: Callable[[Any], Mapping[str, Any]],
+    run: Callable[..., Arrays],
+    summarise: Callable[[Any, Arrays], list[dict[str, Any]]],
+    report: Callable[[Any, list[dict[str, Any]]], str],
+    draw: Callable[[Any, Arrays], Figure],
+    metrics: Callable[[Any, Arrays], Iterable[Mapping[str, Any]]] = lambda config, arrays: (),
+) -> None:
+    """The command line of an experiment: runs, saves, prints table and verdict, draws.
+
+    Args:
+        experiment: Its name, the folder of its runs.
+        config: Frozen dataclass of all that decides the numbers; its fields become flags.
+        description: For ``--help``.
+        hashes: ``config ->`` hashes of model and data and ``skipped`` rows, for the provenance. It
+            may raise for bad settings, before any time is spent.
+        run: ``(config, folder) -> arrays``; ``--workers`` is there if it takes ``workers=``.
+        summarise: ``(config, arrays) -> rows`` of the table, numbers and names only.
+        report: ``(config, rows) ->`` the table and the verdict in words.
+        draw: ``(config, arrays) -> figure``.
+        metrics: ``(config, arrays) ->`` lines of ``metrics.jsonl``, without their ``step``.
+    """
+    program = f"python -m experiments.{experiment}"
+    shares = "workers" in inspect.signature(run).parameters
+    kind = Shared if shares else Options
+
+    def parsed(
+        settings: tyro.conf.OmitArgPrefixes[config],  # pyright: ignore[reportInvalidTypeForm]  # tyro reads the class at run time
+        options: tyro.conf.OmitArgPrefixes[kind],  # pyright: ignore[reportInvalidTypeForm]
+    ) -> tuple[Any, Options]:
+        return settings, options
+
+    (settings, options), unknown = tyro.cli(
+        parsed,
+        prog=program,
+        description=description,
+        return_unknown_args=True,
+    )
+    if unknown:
+        sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
+    with line.one_line(experiment, again="--resume goes on"):
+        checks.finite(settings)
+        shared = {"workers": options.workers} if isinstance(options, Shared) else {}
+        checks.at_least(1, options, *shared)
+        made_of = {**hashes(settings), **hub.data_revision(getattr(settings, "data", None))}
+        run_folder = runs.create(
+            experiment,
+            options.name,
+            dataclasses.asdict(settings),
+            resume=options.resume,
+            provenance=made_of,
+            wandb=options.wandb,
+        )
+        arrays = run(settings, run_folder.path, **shared)
+        rows = summarise(settings, arrays)
+        numbered = itertools.count()
+        lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]
+        run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
+        print(report(settings, rows))
+        print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        line.tell("skipped", made_of.get("skipped", ()))
+
+
+def command_of(lab: ModuleType) -> None:
+    """`command` of an experiment that is a folder, from what its package exports."""
+    optional = {"metrics": lab.metrics} if hasattr(lab, "metrics") else {}
+    command(
+        lab.__name__.rpartition(".")[2], lab.Config, description=lab.__doc__, hashes=lab.hashes,
+        run=lab.run, summarise=lab.summarise, report=lab.report, draw=lab.draw, **optional,
+    )  # fmt: skip
