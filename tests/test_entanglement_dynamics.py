@@ -64,7 +64,7 @@ def test_arms_share_start_and_order_and_then_part(made, arrays):
 
 def test_the_rate_rises_over_a_share_of_the_epoch(made):
     config, _, _ = made
-    some = dataclasses.replace(config, pairs=40, batch=2, warmup_share=0.25)
+    some = dataclasses.replace(config, pairs=40, batch=2, warmup=0.25)
     assert protocol.arm_of(some, "dpo").warmup == 5
     assert protocol.looks(some)["dpo"] == [10, 20, 40]
     assert protocol.looks(some)["simpo"] == [10, 20]

@@ -152,7 +152,7 @@ def test_an_arm_that_diverges_is_reported(made, arrays):
     config, *_, trained = made
     program, begun = trained["short"]
     wild = dataclasses.replace(config, rate=3e38, epochs=(0.5, 2))
-    found = measure.course(wild, program, lambda: begun, "dpo")
+    found = measure.course(wild, program, "dpo", begun)
     assert found["diverged"] == 2  # the norms hide it from the second update
     assert np.isnan(found["gram"][-1]).all()
     assert np.isnan(found["change"][-1]).all()

@@ -4,11 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from experiments.protocol import checks, inputs, settings
-from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol import arms, checks, inputs, settings
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.training.objectives import objective
 from jaxpref.training.pairset import PairSet
 
@@ -56,13 +54,17 @@ def names(config: Config) -> tuple[str, ...]:
 
 def looks(config: Config) -> list[int]:
     """Updates after which arms are looked at: those of the whole training."""
-    return [config.epochs * batches.steps_per_epoch(config.subset, config.batch)]
+    return arms.looks_of(_of_subset(config), (config.epochs,))
 
 
-def arm_of(config: Config, name: str) -> Arm:
+def arm_of(config: Config, name: str) -> arms.Arm:
     """Loss, labels and length of an arm."""
-    loss, labels = ARMS.get(name, (name, "given"))
-    return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
+    return arms.arm_of(_of_subset(config), name, looks(config)[-1])
+
+
+def _of_subset(config: Config) -> Config:
+    """The settings by which a subset is trained on: its epochs are over its own pairs."""
+    return dataclasses.replace(config, pairs=config.subset)
 
 
 def quantile_slice(scores: np.ndarray, percentile: float, size: int) -> np.ndarray:

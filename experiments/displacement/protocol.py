@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from experiments.protocol import checks, inputs, settings
-from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol import arms, checks, inputs, settings
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.training.pairset import PairSet
 
 
@@ -27,14 +25,12 @@ SMOKE = Config(
 
 def looks(config: Config) -> list[int]:
     """Updates after which arms are looked at: every epoch's end."""
-    epoch = batches.steps_per_epoch(config.pairs, config.batch)
-    return [epoch * (n + 1) for n in range(config.epochs)]
+    return arms.looks_of(config, range(1, config.epochs + 1))
 
 
-def arm_of(config: Config, name: str) -> Arm:
+def arm_of(config: Config, name: str) -> arms.Arm:
     """Loss, labels and length of an arm."""
-    loss, labels = ARMS[name]
-    return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
+    return arms.arm_of(config, name, looks(config)[-1])
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:

@@ -4,10 +4,9 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-from experiments.protocol import inputs, settings
+from experiments.protocol import arms, inputs, settings
 from experiments.protocol.arms import ARMS, Arm
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.training.pairset import PairSet
 
 
@@ -48,14 +47,12 @@ def doses(config: Config) -> list[Dose]:
 
 def looks(config: Config) -> list[int]:
     """Updates after which each is looked at."""
-    epoch = batches.steps_per_epoch(config.pairs, config.batch)
-    return sorted({round(e * epoch) for e in config.epochs} - {0})
+    return arms.looks_of(config, config.epochs)
 
 
 def arm_of(config: Config, dose: Dose) -> Arm:
     """Loss, labels, rate and length."""
-    loss, labels = ARMS[dose.arm]
-    return Arm(loss, looks(config)[-1], dose.rate, labels, config.warmup)
+    return arms.arm_of(config, dose.arm, looks(config)[-1])._replace(rate=dose.rate)
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:

@@ -2,11 +2,9 @@
 
 import dataclasses
 
-from experiments.protocol import checks, inputs, settings
-from experiments.protocol.arms import Arm
+from experiments.protocol import arms, inputs, settings
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.training.objectives import objective
 from jaxpref.training.pairset import PairSet
 
@@ -26,8 +24,7 @@ class Config(Protocol):
     """Losses that are trained on, and so are the controls."""
     longer_epochs: tuple[float, ...] = (2, 3)
     """When to look at those."""
-    warmup_share: float = 0.1
-    """Of an epoch's updates, over which the rate rises."""
+    warmup: float = 0.1
 
 
 SMOKE = Config(
@@ -43,20 +40,17 @@ def names(config: Config) -> tuple[str, ...]:
 
 def looks(config: Config) -> dict[str, list[int]]:
     """Updates after which each arm is looked at."""
-    epoch = batches.steps_per_epoch(config.pairs, config.batch)
     found = {}
     for name in names(config):
         longer = config.longer_epochs if name in config.longer or (
             config.longer and name in CONTROLS) else ()  # fmt: skip
-        found[name] = sorted({round(e * epoch) for e in (*config.epochs, *longer)} - {0})
+        found[name] = arms.looks_of(config, (*config.epochs, *longer))
     return found
 
 
-def arm_of(config: Config, name: str) -> Arm:
+def arm_of(config: Config, name: str) -> arms.Arm:
     """Loss, labels and length of an arm."""
-    warmup = round(config.warmup_share * batches.steps_per_epoch(config.pairs, config.batch))
-    loss, labels = ("dpo", "coin") if name == "coin" else (name, "given")
-    return Arm(loss, looks(config)[name][-1], config.rate, labels, warmup)
+    return arms.arm_of(config, name, looks(config)[name][-1])
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
@@ -72,7 +66,6 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
             f"epochs, longer_epochs: got {config.epochs}, {config.longer_epochs}, expected numbers"
             " above 0 with 1 among the first"
         )
-    checks.at_least(0, config, "warmup_share")
     return settings.load(config)
 
 

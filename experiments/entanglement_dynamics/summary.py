@@ -7,11 +7,10 @@ import numpy as np
 
 from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config
-from experiments.protocol import changes
+from experiments.protocol import arms, changes
 from experiments.protocol.changes import SETS, about, of_set
 from experiments.protocol.correlation import spearman
 from experiments.protocol.intervals import mean_of, mean_of_known
-from jaxpref.data import batches
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -44,7 +43,7 @@ def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
     """``changes`` of every arm, then ``losses`` and ``predictors``."""
     looks = protocol.looks(config)
     rows = changes.rows(config, arrays, looks)
-    epoch = batches.steps_per_epoch(config.pairs, config.batch)
+    epoch = arms.updates_of(config, 1)
     level = level_of(config, arrays)
     ratios, ends, matched = {}, {}, {}
     for name in protocol.names(config):

@@ -56,7 +56,7 @@ def _scatter(panel: Axes, config: Config, arrays: Mapping[str, np.ndarray]) -> N
     panel.plot(ends, ends, color="black", lw=0.6)
     panel.axhline(0, color="black", lw=0.3)
     panel.axvline(0, color="black", lw=0.3)
-    updates = protocol.updates(config, protocol.HORIZON)
+    updates = protocol.horizon(config)
     panel.set(title="unseen chosen responses, each a point",
               xlabel="forecast before training (nats)",
               ylabel=f"measured after {updates} updates (nats)")  # fmt: skip

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from experiments.forecast import protocol
-from experiments.forecast.protocol import HORIZON, Config, load
-from experiments.protocol import arms, foresight, kinds
+from experiments.forecast.protocol import Config, load
+from experiments.protocol import arms, foresight, inputs, kinds
 from experiments.protocol.arms import ARMS
 from experiments.protocol.settings import Parts
-from jaxpref import diagnostics, embeddings, gradients
+from jaxpref import diagnostics, embeddings
 from jaxpref.logprobs import token_logits
 from jaxpref.logprobs.chunked import map_time
 from jaxpref.training.objectives import objective
@@ -26,13 +26,6 @@ def programs(config: Config, pairs: PairSet) -> arms.Programs:
     """Of the two losses of the arms."""
     losses = {"sft": objective("sft"), "dpo": objective("dpo", beta=config.beta)}
     return arms.programs(config.optimizer, pairs, losses)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def grams(pairs: PairSet, params, metric, batch) -> jax.Array:
-    """``[pairs 2 2]``, plain or in a metric."""
-    found = gradients.pair_grams(pairs.logp, params, batch[:3], metric=metric, responses="together")
-    return found.gram
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -75,8 +68,9 @@ def forecast(config: Config, run: arms.Programs, begun: arms.Begun) -> dict[str,
         found |= _named(name, told)
     scale = seen.scale
     del seen
-    found["gram"] = pairs.sweep(functools.partial(grams, pairs, params, None), probes, batch=4)
-    weighed = functools.partial(grams, pairs, params, scale)
+    plain = functools.partial(arms.grams, pairs, params)
+    found["gram"] = pairs.sweep(plain, probes, batch=4)
+    weighed = functools.partial(arms.grams, pairs, params, metric=scale)
     found["metric_gram"] = pairs.sweep(weighed, parts.unseen, batch=4)
     return found | pairs.sweep(functools.partial(states, pairs, params), probes)
 
@@ -96,11 +90,10 @@ def explained(config: Config, begun: arms.Begun, others: PairSet, tokenizer: Any
     del path
     rates = arms.rates_of(protocol.epoch_of(config))
     square = foresight.squares_of(config.optimizer, state, len(rates))
-    weighed = functools.partial(
-        grams, pairs, start, foresight.scale_of(config.optimizer, square, rates)
-    )
+    scale = foresight.scale_of(config.optimizer, square, rates)
+    weighed = functools.partial(arms.grams, pairs, start, metric=scale)
     found["path_gram"] = pairs.sweep(weighed, probes[: config.grams], batch=4)
-    del square, weighed
+    del square, scale, weighed
     found |= _tokens(config, pairs, start, params, parts.unseen, "")
     found |= _tokens(config, others, start, params, np.arange(len(others)), "kinds_")
     return found | spoken(config, pairs, params, parts, tokenizer)
@@ -138,7 +131,7 @@ def _named(prefix: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays ``[seeds ...]``: of `forecast`, and of each arm what it saw and `explained`."""
     subject, pairs = load(config)
-    identity = arms.identity_of(config, protocol.hashes(config))
+    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     compiled, tokenizer = programs(config, pairs), subject.tokenizer
 
     def begin(seed):
@@ -156,7 +149,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
         found = {}
 
         def also(number, params, state):
-            if number == protocol.updates(config, HORIZON):
+            if number == protocol.horizon(config):
                 found.update(explained(config, begun, others, tokenizer, params, state))
 
         return found | arms.follow(

@@ -1,12 +1,9 @@
 """The settings, the arms, and the signals."""
 
 import dataclasses
-import functools
 
-from experiments.protocol import checks, inputs, settings
-from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol import arms, checks, inputs, settings
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.training.pairset import PairSet
 
 
@@ -34,26 +31,25 @@ SMOKE = Config(
 HORIZON = 1.0  # epochs: what is forecast
 
 
-def updates(config: Config, epochs: float) -> int:
-    """Of so many epochs."""
-    return round(epochs * batches.steps_per_epoch(config.pairs, config.batch))
-
-
 def looks(config: Config, arm: str) -> list[int]:
     """Updates after which an arm is looked at."""
     last = max(config.epochs) if arm == "dpo" else config.control_epochs
-    return [updates(config, e) for e in sorted(config.epochs) if e <= last]
+    return arms.looks_of(config, (e for e in config.epochs if e <= last))
 
 
-def arm_of(config: Config, name: str) -> Arm:
+def horizon(config: Config) -> int:
+    """Updates that are forecast."""
+    return arms.updates_of(config, HORIZON)
+
+
+def arm_of(config: Config, name: str) -> arms.Arm:
     """Loss, labels and length of an arm."""
-    loss, labels = ARMS[name]
-    return Arm(loss, looks(config, name)[-1], config.rate, labels, config.warmup)
+    return arms.arm_of(config, name, looks(config, name)[-1])
 
 
-def epoch_of(config: Config) -> Arm:
+def epoch_of(config: Config) -> arms.Arm:
     """DPO over the epoch that is forecast."""
-    return arm_of(config, "dpo")._replace(updates=updates(config, HORIZON))
+    return arms.arm_of(config, "dpo", horizon(config))
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
@@ -73,9 +69,4 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
 
 def hashes(config: Config) -> dict[str, object]:
     """Of model and data, for the provenance."""
-    return _hashes(config)
-
-
-@functools.lru_cache(maxsize=1)
-def _hashes(config: Config) -> dict[str, object]:
     return inputs.hashes(*load(config))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.forecast import protocol
-from experiments.forecast.protocol import HORIZON, Config
+from experiments.forecast.protocol import Config
 from experiments.forecast.summary import FORECASTS
 from experiments.protocol import changes
 from experiments.protocol.changes import SETS
@@ -17,7 +17,7 @@ def report(config: Config, rows: Rows) -> str:
     """All tables, each with a line of what it is, then the verdict."""
     by = {name: [r for r in rows if r["table"] == name] for name in dict.fromkeys(
         r["table"] for r in rows)}  # fmt: skip
-    epoch = protocol.updates(config, HORIZON)
+    epoch = protocol.horizon(config)
     words = f"{config.seeds} seeds x {config.unseen} unseen pairs"
     return "\n\n".join([
         f"change of log-probability since the start, nats (95 % over seeds and pairs), {words}:",
@@ -89,7 +89,7 @@ def _tokens(rows: Rows) -> str:
 
 
 def _verdict(config: Config, by: Mapping[str, Rows]) -> str:
-    epoch = protocol.updates(config, HORIZON)
+    epoch = protocol.horizon(config)
     row = next(r for r in by["changes"] if (r["arm"], r["set"], r["updates"]) == (
         "dpo", "unseen", epoch))  # fmt: skip
     said = (

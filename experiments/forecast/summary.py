@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.forecast import protocol
-from experiments.forecast.protocol import HORIZON, Config
+from experiments.forecast.protocol import Config
 from experiments.protocol import changes
 from experiments.protocol.arms import ARMS
 from experiments.protocol.changes import SETS, SIDES, about, of_set
@@ -81,7 +81,7 @@ def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
 
 def at_horizon(config: Config, arrays: Arrays, arm: str) -> np.ndarray:
     """Changes ``[seeds probes 2]`` under an arm after the epoch that is forecast."""
-    there = protocol.looks(config, arm).index(protocol.updates(config, HORIZON))
+    there = protocol.looks(config, arm).index(protocol.horizon(config))
     return arrays[f"{arm}_change"][:, there]
 
 
@@ -127,7 +127,7 @@ def own_share(config: Config, arrays: Arrays, arm: str) -> np.ndarray:
     Its pulls when it was shown, through its Gram in the metric of the run's optimizer. Unseen pairs
     push nothing; of trained ones it is known of the first few, and NaN of the others.
     """
-    updates = protocol.updates(config, HORIZON)
+    updates = protocol.horizon(config)
     found = np.zeros_like(at_horizon(config, arrays, arm))
     found[:, config.grams : config.trained] = np.nan
     for seed, rows in enumerate(arrays["rows"][:, : config.grams]):

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-from experiments.protocol import checks, inputs, settings
-from experiments.protocol.arms import ARMS, Arm, Change
+from experiments.protocol import arms, checks, inputs, settings
+from experiments.protocol.arms import Change
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches
 from jaxpref.data.batches import Batch
 from jaxpref.training import mitigations
 from jaxpref.training.mitigations import contrast_mask
@@ -95,18 +94,17 @@ def names(config: Config) -> tuple[str, ...]:
 
 def epoch(config: Config) -> int:
     """Updates of an epoch."""
-    return batches.steps_per_epoch(config.pairs, config.batch)
+    return arms.updates_of(config, 1)
 
 
 def looks(config: Config) -> list[int]:
     """Updates after which every arm is looked at."""
-    return sorted({round(e * epoch(config)) for e in config.epochs} - {0})
+    return arms.looks_of(config, config.epochs)
 
 
-def arm_of(config: Config, name: str) -> Arm:
+def arm_of(config: Config, name: str) -> arms.Arm:
     """Loss, labels and length of an arm."""
-    loss, labels = ARMS.get(name, ("dpo" if name == MASK else name, "given"))
-    return Arm(loss, looks(config)[-1], config.rate, labels, config.warmup)
+    return arms.arm_of(config, "dpo" if name == MASK else name, looks(config)[-1])
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -29,13 +29,13 @@ class Programs(NamedTuple):
     step: Any  # (params, state, parts, loss, rate, is the first, gram) -> params, state, logp, pull
     slope: Any  # (params, parts, loss's number, gram=None) -> gradient of the mean loss
     losses: tuple[str, ...]
-    grams: Any  # (params, tokens and masks of a part) -> [pairs 2 2]
+    grams: Any  # (params, part) -> [pairs 2 2]
     changed: frozenset[str]  # losses whose pulls are changed by the Gram of each pair
 
     def gram(self, params: PyTree, parts: Sequence[Batch], loss: str) -> Any:
         """``[pairs 2 2]`` of a batch, as `step` wants it: zeros for a loss that reads none."""
         if loss in self.changed:
-            return jnp.concatenate([self.grams(params, part[:3]) for part in parts])
+            return jnp.concatenate([self.grams(params, part) for part in parts])
         return np.zeros((sum(len(part.tokens) for part in parts), 2, 2), np.float32)
 
 
@@ -80,11 +80,15 @@ def programs(
     def slope(params, parts, index, gram=None):
         return gradient(params, parts, index, True, gram)[1]
 
-    @jax.jit
-    def grams(params, arrays):
-        return gradients.pair_grams(pairs.logp, params, arrays, responses="together").gram
+    own = functools.partial(grams, pairs)
+    return Programs(step, slope, tuple(objectives), own, frozenset(changes))
 
-    return Programs(step, slope, tuple(objectives), grams, frozenset(changes))
+
+@functools.partial(jax.jit, static_argnums=0)
+def grams(pairs: PairSet, params: PyTree, batch: Batch, metric: PyTree = None) -> Array:
+    """Inner products ``[pairs 2 2]`` of each pair's two gradients, plain or in a metric."""
+    found = gradients.pair_grams(pairs.logp, params, batch[:3], metric=metric, responses="together")
+    return found.gram
 
 
 class Arm(NamedTuple):
@@ -102,6 +106,22 @@ class Arm(NamedTuple):
 ARMS: dict[str, tuple[str, Labels]] = {
     "dpo": ("dpo", "given"), "coin": ("dpo", "coin"), "sft": ("sft", "given"),
 }  # fmt: skip
+
+
+def updates_of(config: Protocol, epochs: float) -> int:
+    """So many epochs over the preference part."""
+    return round(epochs * batches.steps_per_epoch(config.pairs, config.batch))
+
+
+def looks_of(config: Protocol, epochs: Iterable[float]) -> list[int]:
+    """Updates after which an arm is looked at, ascending, each once and none before the first."""
+    return sorted({updates_of(config, each) for each in epochs} - {0})
+
+
+def arm_of(config: Protocol, name: str, updates: int) -> Arm:
+    """One of `ARMS`, or a loss by its name."""
+    loss, labels = ARMS.get(name, (name, "given"))
+    return Arm(loss, updates, config.rate, labels, updates_of(config, config.warmup))
 
 
 def rate_at(arm: Arm, number: int) -> float:

@@ -18,57 +18,61 @@ from jaxpref.training.pairset import PairSet
 
 
 class Foreseen(NamedTuple):
-    """Movements of the parameters that are expected of an arm, all from gradients at the start.
+    """What is expected of an arm, from the gradients of its batches at the start.
 
-    Attributes:
-        plain: Gradient descent: the rates' sum along the mean gradient.
-        metric: The same in the optimizer's metric, squares of gradients at their mean.
-        replay: The sum of the optimizer's own updates, shown the batches' gradients in their order.
-        scale: The metric: what `metric` multiplies each entry of the mean gradient by.
+    Each movement of the parameters is made when it is asked for, as large as they are.
     """
-
-    plain: PyTree
-    metric: PyTree
-    replay: PyTree
-    scale: PyTree
-
-
-class Sums(NamedTuple):
-    """Over the batches so far."""
 
     mean: PyTree  # of gradients
     square: PyTree  # mean of their squares
     state: PyTree  # of the optimizer that is shown these gradients
-    replay: PyTree  # its updates' sum, times their rates
+    replay: PyTree
+    """A movement: the sum of the optimizer's own updates, shown the gradients in their order."""
+    optimizer: str
+    rates: tuple[float, ...]
+
+    @property
+    def plain(self) -> PyTree:
+        """A movement: gradient descent, the rates' sum along the mean gradient."""
+        return jax.tree.map(lambda g: -sum(self.rates) * g, self.mean)
+
+    @property
+    def scale(self) -> PyTree:
+        """The metric: what `metric` multiplies each entry of the mean gradient by."""
+        return scale_of(self.optimizer, self.square, self.rates)
+
+    @property
+    def metric(self) -> PyTree:
+        """A movement: `plain` in the optimizer's metric, squares of gradients at their mean."""
+        return jax.tree.map(lambda d, g: -d * g, self.scale, self.mean)
 
 
 def foresee(config: Protocol, run: arms.Programs, begun: arms.Begun, arm: arms.Arm) -> Foreseen:
     """One gradient for each batch of the arm, at the start: as much as the training itself."""
     course = arms.Course.of(config, begun.pairs, begun.parts.preference, arm.labels, begun.seed)
-    rates, params = arms.rates_of(arm), begun.params
+    rates, params, name = arms.rates_of(arm), begun.params, config.optimizer
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-    sums = Sums(zeros(), zeros(), optimizers.unit_optimizer(config.optimizer).init(params), zeros())
+    sums = zeros(), zeros(), optimizers.unit_optimizer(name).init(params), zeros()
     share, loss = jnp.float32(1 / len(rates)), jnp.int32(run.losses.index(arm.loss))
-    name = f"gradients at the start, seed {begun.seed}"
-    for number, rate in enumerate(tqdm(rates, name, unit="batch", leave=False)):
+    words = f"gradients at the start, seed {begun.seed}"
+    for number, rate in enumerate(tqdm(rates, words, unit="batch", leave=False)):
         gradient = run.slope(params, course.parts(begun.pairs, number), loss)
-        sums = _absorb(config.optimizer, sums, params, gradient, jnp.float32(rate), share)
-    scale = scale_of(config.optimizer, sums.square, rates)
-    plain = jax.tree.map(lambda g: -sum(rates) * g, sums.mean)
-    return Foreseen(plain, jax.tree.map(lambda d, g: -d * g, scale, sums.mean), sums.replay, scale)
+        sums = _absorb(name, sums, params, gradient, jnp.float32(rate), share)
+    mean, square, state, replay = sums
+    return Foreseen(mean, square, state, replay, name, rates)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _absorb(optimizer: str, sums: Sums, params, gradient, rate, share) -> Sums:
-    """The sums with another batch's gradient, a `share` of all."""
+def _absorb(optimizer: str, sums, params, gradient, rate, share):
+    """The first fields of `Foreseen` with another batch's gradient, a `share` of all."""
+    mean, square, state, replay = sums
 
     def add(total, x, weight):
         return jax.tree.map(lambda t, v: t + weight * v, total, x)
 
-    update, state = optimizers.unit_optimizer(optimizer).update(gradient, sums.state, params)
+    update, state = optimizers.unit_optimizer(optimizer).update(gradient, state, params)
     squares = jax.tree.map(jnp.square, gradient)
-    return Sums(add(sums.mean, gradient, share), add(sums.square, squares, share), state,
-                add(sums.replay, update, rate))  # fmt: skip
+    return add(mean, gradient, share), add(square, squares, share), state, add(replay, update, rate)
 
 
 def scale_of(optimizer: str, square: PyTree, rates: Sequence[float]) -> PyTree:

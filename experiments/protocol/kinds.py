@@ -1,7 +1,6 @@
 """Responses of other kinds beside chosen and rejected, and what the model says itself."""
 
 import re
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -46,7 +45,7 @@ def probes(
     rng = np.random.default_rng([seed, 17])
     chosen = [pairs.pairs[row] for row in rows]
     answers = [[pair.tokens[side][pair.starts[side] :] for pair in chosen] for side in (0, 1)]
-    closed = [[max(pair.ends[side], 0) for pair in chosen] for side in (0, 1)]
+    closed = [[pair.ends[side] for pair in chosen] for side in (0, 1)]
     by_kind = [
         say(pairs, params, rows, tokenizer, temperature=0.0, seed=seed),
         say(pairs, params, rows, tokenizer, temperature=1.0, seed=seed),
@@ -85,8 +84,3 @@ def _random(ids: np.ndarray, end: int, tokenizer: Tokenizer, rng: np.random.Gene
     """As many tokens, drawn from all."""
     drawn = rng.integers(tokenizer.vocab, size=len(ids) - end)
     return np.concatenate([drawn.astype(np.int32), ids[len(ids) - end :]])
-
-
-def texts(tokenizer: Tokenizer, ids: Sequence[np.ndarray]) -> list[str]:
-    """Readable, on one line each."""
-    return [" ".join(tokenizer.decode(x.tolist()).split()) for x in ids]

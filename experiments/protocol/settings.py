@@ -32,8 +32,8 @@ class Protocol:
     """None of them clips the gradient or decays weights."""
     rate: float = 5e-6
     """Learning rate of preference training, of all arms."""
-    warmup: int = 0
-    """Updates over which the rate rises to that."""
+    warmup: float = 0.0
+    """Share of an epoch's updates over which the rate rises to that."""
     batch: int = 8
     """Pairs of an update."""
     seeds: int = 3

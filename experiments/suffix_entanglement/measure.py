@@ -1,27 +1,19 @@
 """DPO and its controls on each set, and the gradients of unseen pairs along the way."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
-from tqdm import tqdm
 
-from experiments.protocol import arms, inputs, running
+from experiments.protocol import arms, inputs
 from experiments.protocol.arms import ARMS
 from experiments.suffix_entanglement.protocol import Config, load, looks
-from jaxpref import gradients, logprobs
+from jaxpref import logprobs
 from jaxpref.training.objectives import objective
 from jaxpref.training.pairset import PairSet
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def grams(pairs: PairSet, params, batch) -> jax.Array:
-    """``[pairs 2 2]`` of the gradients of both log-probabilities, by all parameters."""
-    return gradients.pair_grams(pairs.logp, params, batch[:3], responses="together").gram
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,17 +34,16 @@ def look(config: Config, begun: arms.Begun, params: PyTree, *, gram: bool) -> di
     """``differing [probes 2]``, and ``gram [grams 2 2]`` of the first unseen pairs."""
     _, pairs, parts, _ = begun
     todo = {"differing": (differing, arms.probes_of(config, parts))}
-    todo |= {"gram": (grams, parts.unseen[: config.grams])} if gram else {}
+    todo |= {"gram": (arms.grams, parts.unseen[: config.grams])} if gram else {}
     return {name: pairs.sweep(functools.partial(function, pairs, params), rows, batch=4)
             for name, (function, rows) in todo.items()}  # fmt: skip
 
 
 def course(
-    config: Config, run: arms.Programs, begin: Callable[[], arms.Begun], name: str
+    config: Config, run: arms.Programs, name: str, begun: arms.Begun
 ) -> dict[str, np.ndarray]:
     """One arm: what `arms.follow` gives and `look` sees, NaN from where it diverged."""
-    numbers, begun, (loss, labels) = looks(config), begin(), ARMS[name]
-    arm = arms.Arm(loss, numbers[-1], config.rate, labels, config.warmup)
+    numbers = looks(config)
     shapes = {"differing": (config.trained + config.unseen, 2)}
     shapes |= {"gram": (config.grams, 2, 2)} if name == "dpo" else {}
     found = {k: np.full((len(numbers), *x), np.nan, np.float32) for k, x in shapes.items()}
@@ -61,6 +52,7 @@ def course(
         for key, value in look(config, begun, params, gram=name == "dpo").items():
             found[key][numbers.index(number)] = value
 
+    arm = arms.arm_of(config, name, numbers[-1])
     return found | arms.follow(config, run, begun, arm, name=name, looks=numbers, also=also)
 
 
@@ -70,25 +62,20 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     And of each of its arms ``{set}_{arm}_change`` and the like, as `course` names them.
     """
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
-    seeds: list[dict[str, np.ndarray]] = [{} for _ in range(config.seeds)]
+    arrays = {}
     for text, (subject, pairs) in load(config).items():
         compiled = arms.programs(config.optimizer, pairs, losses)
-        for seed, record in enumerate(tqdm(seeds, text, unit="seed")):
 
-            @functools.cache
-            def begin(seed=seed, pairs=pairs, params=subject.params, compiled=compiled):
-                if config.model == "small":
-                    params = inputs.open_model("small", seed=seed, scan=True).params
-                return arms.begin(config, compiled, pairs, params, seed, None, "")
+        def begin(seed, pairs=pairs, params=subject.params, compiled=compiled):
+            if config.model == "small":
+                params = inputs.open_model("small", seed=seed, scan=True).params
+            return arms.begin(config, compiled, pairs, params, seed, None, "")
 
-            def start(begin=begin):
-                begun = begin()
-                lengths = begun.pairs.lengths[arms.probes_of(config, begun.parts)]
-                return {"lengths": lengths, **look(config, begun, begun.params, gram=True)}
+        def first(begun, text=text):
+            lengths = begun.pairs.lengths[arms.probes_of(config, begun.parts)]
+            found = {"lengths": lengths, **look(config, begun, begun.params, gram=True)}
+            return {f"{text}_{name}": value for name, value in found.items()}
 
-            todo = {f"{text}_{n}": functools.partial(course, config, compiled, begin, n)
-                    for n in ARMS}  # fmt: skip
-            for name, make in {text: start, **todo}.items():
-                made = running.kept(folder, f"{seed}_{name}", make)
-                record |= {f"{name}_{key}": value for key, value in made.items()}
-    return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}
+        parts = {f"{text}_{n}": functools.partial(course, config, compiled, n) for n in ARMS}
+        arrays |= arms.over_seeds(config, folder, begin, (text, first), parts)
+    return arrays

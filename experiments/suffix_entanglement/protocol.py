@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from experiments.protocol import checks, inputs, settings
+from experiments.protocol import arms, checks, inputs, settings
 from experiments.protocol.settings import Protocol
-from jaxpref.data import batches, sentiment
+from jaxpref.data import sentiment
 from jaxpref.training.pairset import PairSet
 
 
@@ -43,8 +43,7 @@ def sets_of(config: Config) -> dict[str, Config]:
 
 def looks(config: Config) -> list[int]:
     """Updates after which every arm is looked at."""
-    epoch = batches.steps_per_epoch(config.pairs, config.batch)
-    return sorted({round(e * epoch) for e in config.epochs} - {0})
+    return arms.looks_of(config, config.epochs)
 
 
 def load(config: Config) -> dict[str, tuple[inputs.Subject, PairSet]]:
