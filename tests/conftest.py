@@ -22,6 +22,15 @@ def clean():
     return context
 
 
+@pytest.fixture(scope="module")
+def as_optax_needs_it():
+    """Its Adam mixes integers and floats; for ``pytestmark``, which comes before other fixtures."""
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -22,11 +22,7 @@ WORDS = ("tea", "milk", "rain today", "snow", "fish and bread", "salt", "the win
 NOTHING = arms.Programs(None, None, (), None, frozenset())  # where all is read from a folder
 
 
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,7 @@ import experiments.entanglement_dynamics as lab
 from experiments.entanglement_dynamics import protocol, summary
 from jaxpref import losses
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(scope="module")

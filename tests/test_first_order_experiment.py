@@ -21,11 +21,7 @@ from jaxpref.training.pairset import PairSet
 RATES = (1e-5, 1e-4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,12 +14,7 @@ import experiments.forecast as lab
 from experiments.forecast import measure, protocol, summary
 from experiments.protocol import arms, foresight, kinds, texts
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,7 @@ from experiments.protocol import arms, foresight, optimizers
 from jaxpref import losses
 from jaxpref.training.pairset import PairSet
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(scope="module")

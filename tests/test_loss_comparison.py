@@ -19,11 +19,7 @@ from jaxpref.training.objectives import NAMES
 WORDS = ("tea", "milk", "rain", "snow", "fish", "bread", "salt", "wind")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,12 +16,7 @@ from experiments.mitigations import measure, protocol
 from experiments.protocol import arms, changes, intervals, settings
 from experiments.protocol.changes import CONTROLS
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax's Adam mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(scope="module")

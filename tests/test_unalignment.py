@@ -17,12 +17,7 @@ from experiments.unalignment import bench, judge, measure, pairs, protocol, summ
 from experiments.unalignment.bench import couples
 from jaxpref import logprobs
 
-
-@pytest.fixture(autouse=True, scope="module")
-def as_optax_needs_it():
-    """optax mixes integers and floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,7 +2,6 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,8 @@ import numpy as np
 from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config, load
 from experiments.protocol import arms, inputs
-from jaxpref.data.batches import Batch
 from jaxpref.logprobs import Scores
-from jaxpref.training.objectives import Objective, objective, pull
+from jaxpref.training.objectives import Objective, batch_of, objective, pull
 
 
 def objectives(config: Config) -> dict[str, Objective]:
@@ -25,9 +23,7 @@ def pulls_at_start(loss: Objective, begun: arms.Begun) -> np.ndarray:
     rows = begun.parts.preference
     reference = jnp.asarray(begun.pairs.known[rows])
     scores = Scores(reference, jnp.asarray(begun.pairs.lengths[rows], reference.dtype))
-    nothing: Any = None
-    batch = Batch(nothing, nothing, nothing, reference, nothing)
-    return np.asarray(pull(loss, scores, batch))
+    return np.asarray(pull(loss, scores, batch_of(reference)))
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:

@@ -15,9 +15,8 @@ import optax
 from jaxtyping import Array
 
 from jaxpref import losses
-from jaxpref.data.batches import Batch
 from jaxpref.logprobs import Scores
-from jaxpref.training.objectives import NAMES, objective, pull
+from jaxpref.training.objectives import NAMES, batch_of, objective, pull
 from jaxpref.training.objectives import Objective as Loss
 
 LOSSES = {name: objective(name) for name in NAMES}  # by the catalogue's own hyperparameters
@@ -38,12 +37,6 @@ def pull_of(some: Mapping[str, Loss], index: Any, scores: Scores, batch: Any) ->
 def pull_at(name: str, logp: Array, reference: Array, lengths: Array) -> Array:
     """Pulls ``[pairs 2]`` of one loss at these log-probabilities, of one batch."""
     return pull(LOSSES[name], Scores(logp, lengths), batch_of(reference))
-
-
-def batch_of(reference: Array) -> Batch:
-    """All that losses read of a batch."""
-    nothing: Any = None
-    return Batch(nothing, nothing, nothing, reference, nothing)
 
 
 def make_step(

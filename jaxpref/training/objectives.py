@@ -123,6 +123,21 @@ def objective(name: str, **hyperparameters: Any) -> Objective:
     return of_pairs
 
 
+def batch_of(reference: Float[Array, "pairs 2"]) -> Batch:
+    """All that losses read of a batch, for scores that are known without one.
+
+    Args:
+        reference: Log-probabilities under the reference, nats.
+
+    >>> batch_of(jnp.array([[-4.0, -4.0]])).reference.tolist()
+    [[-4.0, -4.0]]
+
+    Source: the definition.
+    """
+    nothing: Any = None
+    return Batch(nothing, nothing, nothing, reference, nothing)
+
+
 def pull(loss: Objective, scores: Scores, batch: Any) -> Float[Array, "pairs 2"]:
     """What a loss does to each response of a batch: ``[-d_w, d_l]``, its slope in `logp`.
 
