@@ -4,7 +4,7 @@ Claim:   Of subsets around percentiles of a score, training on those of higher C
          chosen response less, and on the highest lowers it; edit distance and last hidden states
          do not order it so.
 Run:     python -m experiments.ches_percentiles
-Takes:   about an hour on 2 cores
+Takes:   about an hour on 2 cores (an estimate)
 Expect:  trained chosen responses rise less the higher the CHES, much as by the length difference;
          what unseen ones do hardly depends on the subset.
 Source:  Razin et al. (2024), Section 5 and Figure 2, https://arxiv.org/abs/2410.08847

@@ -3,7 +3,7 @@
 Claim:   A margin loss that pulls both responses equally hard lets chosen responses fall; losses
          that pull harder on the chosen, by a likelihood term or by length, keep them up.
 Run:     python -m experiments.entanglement_dynamics
-Takes:   about an hour on 2 cores
+Takes:   about an hour on 2 cores for the shipped pairs (an estimate)
 Expect:  on unseen pairs the losses of ratio 1 fall below both controls, those with a likelihood
          term do not; on trained pairs nearly all rise.
 Source:  Yuan et al. (2024), Figures 1 and 2, Table 2, https://arxiv.org/abs/2410.13828

@@ -11,7 +11,7 @@ prompt. Numbers are taken before each update, from the full next-token distribut
 the unembedding alone and a free table of logits, are trained to the whole model's margin.
 
 Run:     python -m experiments.no_vs_never --name mine
-Takes:   8 minutes on 2 cores
+Takes:   7 minutes on 2 cores
 Expect:  No rises from 0.11 to 0.79 and is displaced in no run; after 25 updates 17 % of the gained
          probability is on words of the opposite meaning (Yes +0.10); in the controls, at the same
          margin, no other word gains on another.

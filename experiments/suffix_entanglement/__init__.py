@@ -7,7 +7,7 @@ Claim:   Where responses differ in one word, the shared text after it aligns the
          two log-probabilities, the more the longer it is, and DPO lowers the chosen response too;
          without such text the gradients point apart and the chosen rises.
 Run:     python -m experiments.suffix_entanglement
-Takes:   about 40 minutes on 2 cores
+Takes:   about 40 minutes on 2 cores (an estimate)
 Expect:  cosines in the claimed order; a fall of unseen chosen responses below their start and below
          both controls with the long text. A short text that supervision has made sure of sends next
          to no gradient.
