@@ -106,4 +106,5 @@ def _mass(panel: Axes, rows: list) -> None:
     panel.axvline(0, color="black", lw=0.6)
     panel.set_yticks([-i for i in range(len(kinds))], kinds, fontsize=8)
     panel.set(title="responses of every kind to unseen prompts", xlabel="change a token (nats)")
+    panel.locator_params(axis="x", nbins=6)
     panel.legend(frameon=False, fontsize=8)
