@@ -91,7 +91,8 @@ def gaussian_separation(
     ridge = shrinkage * size * jnp.eye(width, dtype=mean.dtype)
     one, two = ((1 - shrinkage) * s + ridge for s in (spread, other_spread))
     both, apart = (one + two) / 2, mean - other_mean
-    between = apart @ jnp.linalg.solve(both, apart) / 8
+    solved = jnp.linalg.solve(both, apart)
+    between = jnp.einsum("w,w->", apart, solved, precision=PRECISION) / 8
     one, two, both = (jnp.linalg.slogdet(s)[1] for s in (one, two, both))
     return between + (both - (one + two) / 2) / 2
 

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Hidden = Float[Array, "batch time width"]
 Attend = Bool[Array, "batch time seen"]
 KeysValues = tuple[Float[Array, "batch kv seen head"], Float[Array, "batch kv seen head"]]
 Rotation = tuple[Float[Array, "rows time half"], Float[Array, "rows time half"]]  # cosine, sine
+Precision = Literal["highest", "high", "default"]  # of matrix products, as `jax.lax.Precision`
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -105,25 +106,29 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
     """``x @ kernel + bias`` on the last axis."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs, dtype, param_dtype):
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, rngs, dtype, param_dtype, precision
+    ):
         self.kernel = nnx.Param(_normal(rngs.params(), (inputs, outputs), param_dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs, param_dtype))
-        self.has_bias, self.dtype = bias, dtype
+        self.has_bias, self.dtype, self.precision = bias, dtype, precision
 
     def __call__(self, x: Float[Array, "batch time inputs"]) -> Float[Array, "batch time outputs"]:
         """One matrix product over all tokens of the batch."""
         # One axis of tokens: with two, XLA writes a transposed copy of the kernel's cotangent.
         tokens = x.reshape(-1, x.shape[-1])
-        y = (tokens @ self.kernel[...].astype(self.dtype)).reshape(*x.shape[:-1], -1)
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.matmul(tokens, kernel, precision=self.precision).reshape(*x.shape[:-1], -1)
         return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y
 
 
 class Attention(nnx.Module):
     """Grouped-query attention; keys and values are never repeated."""
 
-    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
         c, types = config, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        types["precision"] = precision
         queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
         self.query = Linear(c.width, queries, bias=c.qkv_bias, **types)
         self.key = Linear(c.width, keys, bias=c.qkv_bias, **types)
@@ -132,7 +137,7 @@ class Attention(nnx.Module):
         if c.query_key_norm:
             norm = partial(Norm, c, c.head_width, kind="rms", dtype=dtype, param_dtype=param_dtype)
             self.query_norm, self.key_norm = norm(), norm()
-        self.config = config
+        self.config, self.precision = config, precision
 
     def __call__(
         self,
@@ -163,11 +168,11 @@ class Attention(nnx.Module):
         if past is not None:
             key = jax.lax.dynamic_update_slice_in_dim(past[0], key, at, axis=2)
             value = jax.lax.dynamic_update_slice_in_dim(past[1], value, at, axis=2)
-        mixed = _mix(query, key, value, attend)
+        mixed = _mix(query, key, value, attend, self.precision)
         return self.output(mixed.reshape(batch, time, c.heads * c.head_width)), (key, value)
 
 
-def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
+def _mix(query: Array, key: Array, value: Array, attend: Array | None, precision: str) -> Array:
     """Softmax attention of query groups ``[batch time kv group head]``, in at least float32.
 
     Keys and values are ``[batch kv seen head]``; without `attend`, those of the queries' tokens.
@@ -176,7 +181,8 @@ def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
     """
     (batch, time, kv, group, head), accumulate = query.shape, wide(key.dtype)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * time, head)
-    logits = jnp.einsum("bkqd,bksd->bkqs", query, key, preferred_element_type=accumulate)
+    product = partial(jnp.einsum, precision=precision)
+    logits = product("bkqd,bksd->bkqs", query, key, preferred_element_type=accumulate)
     logits = logits.reshape(batch, kv, group, time, -1)
     if attend is None:
         seen = jnp.tril(jnp.ones((time, time), bool))[None, None, None]
@@ -186,18 +192,16 @@ def _mix(query: Array, key: Array, value: Array, attend: Array | None) -> Array:
     if attend is not None:  # a row that attends to nothing: zeros
         weights = jnp.where(seen, weights, jnp.zeros((), accumulate))
     weights = weights.astype(value.dtype).reshape(batch, kv, group * time, -1)
-    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, value)
+    mixed = product("bkqs,bksd->bkqd", weights, value)
     return mixed.reshape(batch, kv, group, time, head).transpose(0, 3, 1, 2, 4)
 
 
 class Mlp(nnx.Module):
     """``down(activation(gate x) * up x)``, or ``down(activation(up x))`` without a gate."""
 
-    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
-        c = config
-        linear = partial(
-            Linear, bias=c.mlp_bias, rngs=rngs, dtype=dtype, param_dtype=param_dtype
-        )  # fmt: skip
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
+        c, types = config, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        linear = partial(Linear, bias=c.mlp_bias, precision=precision, **types)
         if c.gated:
             self.gate = linear(c.width, c.mlp_width)
         self.up = linear(c.width, c.mlp_width)
@@ -215,13 +219,12 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each on a norm of the residual stream."""
 
-    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype):
-        norm = partial(
-            Norm, config, config.width, kind=config.norm, dtype=dtype, param_dtype=param_dtype
-        )
+    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        norm = partial(Norm, config, config.width, kind=config.norm, **types)
         self.attention_norm, self.mlp_norm = norm(), norm()
-        self.attention = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.mlp = Mlp(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.attention = Attention(config, rngs=rngs, precision=precision, **types)
+        self.mlp = Mlp(config, rngs=rngs, precision=precision, **types)
         self.parallel = config.parallel_residual
 
     def __call__(

@@ -22,7 +22,7 @@ With ``scan=True`` the number is left out, ``layers.attention...``, and axis 0 c
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,9 @@ class Decoder(nnx.Module):
         param_dtype: Of the parameters.
         compute_dtype: Of the matrix products and the residual stream; norms, rotary angles and
             softmaxes stay in at least float32.
+        precision: Of the matrix products, forward and backward. ``highest`` is what the dtype says.
+            On GPU and TPU the others round a float32 product's inputs, to TF32 or bfloat16, and
+            then small updates of the parameters vanish or are invented; on CPU all are the same.
         scan: One block with stacked parameters, compiled once for all layers. Compiles faster and
             runs slower on CPU, where the stacked weights are sliced and their gradients stacked.
         remat: Recompute each block in the backward pass instead of keeping its activations.
@@ -197,9 +200,12 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike = jnp.float32,
+        precision: str = "highest",
         scan: bool = False,
         remat: bool = False,
     ):
+        if precision not in (known := get_args(blocks.Precision)):
+            raise ValueError(f"precision: got {precision!r}, expected one of {known}")
         types = {"dtype": compute_dtype, "param_dtype": param_dtype}
 
         def table(rows: int) -> nnx.Param:
@@ -207,7 +213,7 @@ class Decoder(nnx.Module):
             return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
 
         def block(rngs: nnx.Rngs) -> blocks.Block:
-            return blocks.Block(config, rngs=rngs, **types)
+            return blocks.Block(config, rngs=rngs, precision=precision, **types)
 
         self.embedding = table(config.vocab)
         if config.positions == "learned":
