@@ -190,7 +190,7 @@ def test_another_model_and_other_data_are_refused(tmp_path):
             {"micro_batches": 4},
             r"step 1: .* shape \(2, 3\), expected .* micro_batches=4 divi",
         ),
-        (7, 6, {"mesh": True}, r"step 1: .* shape \(1, 3\), expected axis 0 .* mesh's 2 devices"),
+        (7, 6, {"mesh": True}, r"step 1: .* shape \(1, 3\), expected axis 0 .* data=2 . fsdp=1"),
         (9, 9, {"micro_batches": 2}, r"step 0: .* micro_batches=2 divides"),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_first_update(
     tmp_path, rows, batch, options, said
 ):
     everything = a_batch(pairs=rows)
-    mesh = parallel.data_mesh() if options.pop("mesh", False) else None
+    mesh = parallel.mesh() if options.pop("mesh", False) else None
     step, shown = make_step(score, dpo, OPTIMIZER, mesh=mesh, **options), []
 
     def at(number):

@@ -115,7 +115,7 @@ def test_the_size_of_batches_changes_nothing(model, data, scored, tokens):
 
 
 def test_devices_share_the_pairs(model, data, scored):
-    mesh = parallel.data_mesh()
+    mesh = parallel.mesh()
     assert mesh.devices.size == 2
     again = score.score_pairs(model[0], model[1], data, tokens=64, mesh=mesh)
     np.testing.assert_allclose(again["ches"], scored["ches"], rtol=1e-12, atol=1e-12)

@@ -190,5 +190,5 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"loss returned shape \(\), expected \[pairs\]"):
         averaged(a_state(OPTIMIZER), a_batch())
     mesh = jax.make_mesh((1,), ("model",), (jax.sharding.AxisType.Auto,))
-    with pytest.raises(ValueError, match="expected an axis 'data'"):
+    with pytest.raises(ValueError, match="mesh: got the axes"):
         make_step(score, dpo, OPTIMIZER, mesh=mesh)

@@ -97,7 +97,7 @@ def main(options: Options) -> dict[str, np.ndarray]:
     scores = score_pairs(
         model.policy, model.params, encoded, columns=wanted, tokens=options.tokens,
         places=[pair.place for pair in pairs], folder=folder,
-        mesh=parallel.data_mesh() if jax.device_count() > 1 else None, made_with=made_with,
+        mesh=parallel.mesh() if jax.device_count() > 1 else None, made_with=made_with,
     )  # fmt: skip
     scores = {"row": np.array([pair.row for pair in pairs]), **scores}
     about = {

@@ -69,7 +69,8 @@ def score_pairs(
         columns: Names of `COLUMNS`.
         places: Where each pair stands, for errors.
         tokens: Of a batch, padding included: more is faster up to what fits the memory.
-        mesh: Of devices, with an axis ``data``, over which the pairs of a batch are spread.
+        mesh: Of `jaxpref.training.parallel.mesh`: the pairs of a batch are spread over it, the
+            parameters lie there by the rules.
         folder: Where finished batches are kept. The same call finds them there, so that a run
             that was killed goes on; another data set, model or setting is refused.
         made_with: Further settings that decided `pairs`, for the folder; JSON's types.
@@ -94,7 +95,7 @@ def score_pairs(
     named = [f"{place}: {side}" for place in places or map("row {}".format, range(len(pairs)))
              for side in ("chosen", "rejected")]  # fmt: skip
     bounds.check(policy.bounds, (ids for pair in pairs for ids in pair.tokens), named)
-    devices = 1 if mesh is None else mesh.devices.size
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     plan = list(_plan([logprobs.packed_length(pair) for pair in pairs], tokens, devices))
     if folder is not None:
         key = {"data": sha256(pairs), "parameters": logprobs.fingerprint(params)}
@@ -103,7 +104,7 @@ def score_pairs(
             {**key, "columns": sorted(columns), "tokens": tokens, **(made_with or {})},
         )
     compute = functools.partial(_scores, policy, tuple(sorted(columns)), mesh)
-    params = params if mesh is None else parallel.replicate(params, mesh)
+    params = params if mesh is None else parallel.put(params, parallel.shardings(params, mesh))
     found = _text_scores(pairs, columns)
     found |= {name: np.empty(len(pairs)) for name in columns if name not in TEXT}
     with tqdm(total=len(pairs), desc="scores", unit="pair") as bar:

@@ -78,6 +78,7 @@ def make_step(
     *,
     micro_batches: int = 1,
     mesh: jax.sharding.Mesh | None = None,
+    shardings: State | None = None,
     metrics: Callable[[Update], Metrics] | None = None,
 ) -> Step:
     """A jitted ``step(state, batch) -> (state, metrics, scores)`` that lowers the mean loss.
@@ -96,8 +97,10 @@ def make_step(
       optimizer: an optax transformation.
       micro_batches: parts that a batch is worked off in, one after another, to save memory. It
         divides the number of pairs; all leaves of the batch have the axis ``pairs`` first.
-      mesh: of `jaxpref.training.parallel.data_mesh`; each device takes its share of the pairs (of
-        a micro-batch), parameters are the same on all. None is the default device.
+      mesh: of `jaxpref.training.parallel.mesh`; each device takes its share of the pairs (of a
+        micro-batch). None is the default device.
+      shardings: of `jaxpref.training.parallel.shardings`, where the state lies on that mesh, before
+        and after an update; None is whole on each device.
       metrics: further scalars, `pair_means` say. What reads ``gradient`` or ``change`` costs a pass
         over all parameters.
 
@@ -131,13 +134,24 @@ def make_step(
             _, shapes = jax.eval_shape(update, state, gradient, scores)
             return state, jax.tree.map(_not_a_number, shapes)
 
-        # A branch and not `where`: selecting would hold old and new parameters, both in full.
+        def select(finite, state, gradient, scores):
+            two = update(state, gradient, scores), refuse(state, gradient, scores)
+            return jax.tree.map(functools.partial(_where, finite), *two)
+
+        def branch(finite, state, gradient, scores):
+            return jax.lax.cond(finite, update, refuse, state, gradient, scores)
+
+        # XLA holds old and new parameters in full for one of the two: on CPU for a selection, on
+        # accelerators for a branch.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        state, further = jax.lax.cond(finite, update, refuse, state, gradient, scores)
+        state, further = jax.lax.platform_dependent(
+            finite, state, gradient, scores, cpu=branch, default=select
+        )
         return state, {"loss": value, "gradient_norm": norm, **further}, scores
 
     everywhere = None if mesh is None else parallel.replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    placed = (shardings or everywhere, everywhere, everywhere)
+    return jax.jit(step, donate_argnums=0, out_shardings=placed if mesh else None)
 
 
 def tree_norm(tree: PyTree) -> Float[Array, ""]:
@@ -148,12 +162,10 @@ def tree_norm(tree: PyTree) -> Float[Array, ""]:
     """
     leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
     dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
-    rows = [leaf.reshape(-1, leaf.shape[-1] if leaf.ndim else 1) for leaf in leaves]
     # Row by row, as small products: on CPU several times faster than one long sum, and more exact.
-    squares = [
-        jnp.einsum("ij,ij->i", r, r, precision="highest", preferred_element_type=dtype).sum()
-        for r in rows
-    ]
+    # Axes stay as they are: to flatten those of an array in slices, its slices would be gathered.
+    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=dtype)
+    squares = [product("...i,...i->...", x, x).sum() for x in map(jnp.atleast_1d, leaves)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))
 
 
@@ -217,6 +229,10 @@ def _join(x: Array) -> Array:
 
 def _shard(batch: Any, mesh: jax.sharding.Mesh | None, *, axis: int) -> Any:
     return batch if mesh is None else parallel.shard(batch, mesh, axis=axis)
+
+
+def _where(finite: Array, new: Array, old: Array) -> Array:
+    return old if new is old else jnp.where(finite, new, old)
 
 
 def _not_a_number(like: jax.ShapeDtypeStruct) -> Array:
