@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 Hidden = Float[Array, "batch time width"]
 Attend = Bool[Array, "batch time seen"]
-KeysValues = tuple[Float[Array, "batch kv seen head"], Float[Array, "batch kv seen head"]]
+Keys = Float[Array, "*layers batch kv seen head"]
+KeysValues = tuple[Keys, Keys]
 Rotation = tuple[Float[Array, "rows time half"], Float[Array, "rows time half"]]  # cosine, sine
 Precision = Literal["highest", "high", "default"]  # of matrix products, as `jax.lax.Precision`
 ACTIVATIONS = {
@@ -146,11 +147,13 @@ class Attention(nnx.Module):
         attend: Attend | None,
         past: KeysValues | None = None,
         at: int | Int[Array, ""] = 0,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Hidden, KeysValues]:
         """Mixes the tokens of each sequence.
 
         With `past`, the tokens' keys and values replace its own from column `at` on, and `attend`
-        counts its columns. Returns the keys and values that were attended to as well.
+        counts its columns; it may be of all layers, stacked, and then this one's number is `layer`.
+        Returns the keys and values that were attended to as well, of all layers if they came so.
         """
         c, (batch, time, _) = self.config, x.shape
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -165,11 +168,20 @@ class Attention(nnx.Module):
             query, key = rotate(query, by), rotate(key, by)
         query = query.reshape(batch, time, c.kv_heads, -1, c.head_width) / math.sqrt(c.head_width)
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        kept = (key, value)
         if past is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(past[0], key, at, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(past[1], value, at, axis=2)
+            kept = (_write(past[0], key, layer, at), _write(past[1], value, layer, at))
+            key, value = kept if layer is None else (x[layer] for x in kept)
         mixed = _mix(query, key, value, attend, self.precision)
-        return self.output(mixed.reshape(batch, time, c.heads * c.head_width)), (key, value)
+        return self.output(mixed.reshape(batch, time, c.heads * c.head_width)), kept
+
+
+def _write(past: Array, new: Array, layer: Array | None, at: int | Array) -> Array:
+    """Columns of a cache from `at` on; in place where it is a loop's own."""
+    if layer is None:
+        return jax.lax.dynamic_update_slice_in_dim(past, new, at, axis=2)
+    start = [jnp.asarray(x, jnp.int32) for x in (layer, 0, 0, at, 0)]
+    return jax.lax.dynamic_update_slice(past, new[None], start)
 
 
 def _mix(query: Array, key: Array, value: Array, attend: Array | None, precision: str) -> Array:
@@ -234,8 +246,9 @@ class Block(nnx.Module):
         attend: Attend | None,
         past: KeysValues | None = None,
         at: int | Int[Array, ""] = 0,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Hidden, KeysValues]:
         """One layer; arguments and the second result as `Attention.__call__`."""
-        mixed, kept = self.attention(self.attention_norm(x), by, attend, past, at)
+        mixed, kept = self.attention(self.attention_norm(x), by, attend, past, at, layer)
         mixed = x + mixed
         return mixed + self.mlp(self.mlp_norm(x if self.parallel else mixed)), kept

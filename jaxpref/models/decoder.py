@@ -290,12 +290,19 @@ class Decoder(nnx.Module):
             return mark_bad(self.norm(x)), kept
         graph, stacked = nnx.split(self.layers)
 
-        def apply(x, layer):
-            params, past = layer
-            return nnx.merge(graph, params)(x, by, attend, past, at)
+        if cache is None:
+            x, cache = jax.lax.scan(
+                lambda x, params: nnx.merge(graph, params)(x, by, attend), x, stacked
+            )
+            return mark_bad(self.norm(x)), cache
 
-        x, kept = jax.lax.scan(apply, x, (stacked, cache))
-        return mark_bad(self.norm(x)), kept
+        def apply(carry, layer):  # the cache is carried: one column of it is written, none copied
+            (x, cache), (params, number) = carry, layer
+            return nnx.merge(graph, params)(x, by, attend, cache, at, number), None
+
+        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(apply, (x, cache), (stacked, numbers))
+        return mark_bad(self.norm(x)), cache
 
     def _embed(self, tokens: Array, positions: Array) -> tuple[Array, blocks.Rotation | None]:
         config = self.config

@@ -202,16 +202,23 @@ def _generate(
 def _head(unembedding: Array) -> Callable[[Array], Array]:
     """Hidden states ``[batch width]`` to logits in at least float32, at the highest precision.
 
-    Piece by piece: XLA's CPU product of a few states with all tokens at once is ten times slower.
+    Piece by piece on CPU: XLA's product there of a few states with all tokens at once is ten times
+    slower.
     """
     vocab, width = unembedding.shape
     rows, wide = min(vocab, ROWS), blocks.wide(unembedding.dtype)
-    pieces = jnp.pad(unembedding, ((0, -vocab % rows), (0, 0))).reshape(-1, rows, width)
     product = partial(jnp.matmul, precision="highest", preferred_element_type=wide)
 
-    def logits(hidden: Array) -> Array:
+    def by_pieces(hidden: Array) -> Array:
+        pieces = jnp.pad(unembedding, ((0, -vocab % rows), (0, 0))).reshape(-1, rows, width)
         found = jax.lax.map(lambda piece: product(piece, hidden.T), pieces)
         return found.reshape(-1, len(hidden))[:vocab].T
+
+    def at_once(hidden: Array) -> Array:
+        return product(hidden, unembedding.T)
+
+    def logits(hidden: Array) -> Array:
+        return jax.lax.platform_dependent(hidden, cpu=by_pieces, default=at_once)
 
     return logits
 
