@@ -3,7 +3,7 @@
 Claim:   The fall of unseen chosen responses is a matter of dose: of the learning rate, the updates,
          and of how well the start was taught.
 Run:     python -m experiments.dose --model small
-Takes:   about an hour and a half on 2 cores (an estimate)
+Takes:   about an hour on 2 cores for the small model
 Expect:  no fall at the low end, a fall below both controls from some dose on, and more of it the
          more is trained.
 Source:  ours; the protocols of Razin et al. (2024), https://arxiv.org/abs/2410.08847, and Yuan et

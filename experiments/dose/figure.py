@@ -27,9 +27,11 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
         for i, rate in enumerate(config.rates):
             for j, n in enumerate(numbers):
                 row = some[rate, n]
-                panel.text(j, i, f"{row['chosen']:+.2f}", ha="center", va="center", fontsize=8)
+                ink = "white" if abs(row["chosen"]) > 0.7 * most else "black"
+                panel.text(j, i, f"{row['chosen']:+.2f}", ha="center", va="center", fontsize=8,
+                           color=ink)  # fmt: skip
                 if changes.displaced(row):
-                    panel.plot(j, i, "o", ms=34, mfc="none", mec="black", mew=1.2)
+                    panel.plot(j, i, "o", ms=34, mfc="none", mec=ink, mew=1.2)
         panel.set_xticks(range(len(numbers)), list(map(str, numbers)))
         panel.set_yticks(range(len(config.rates)), [f"{rate:g}" for rate in config.rates])
         panel.set(title=f"{start} epochs of supervision", xlabel="updates")
