@@ -19,7 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# libtpu asks who it is before it compiles for another.
+for name, value in {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+}.items():  # fmt: skip
+    os.environ.setdefault(name, value)
 
 import jax
 import jax.numpy as jnp
