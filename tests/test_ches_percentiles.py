@@ -14,12 +14,13 @@ from experiments import ches_percentiles as lab
 from experiments.ches_percentiles import measure, protocol
 from experiments.ches_percentiles.report import ordered
 from experiments.protocol import arms
+from jaxpref.training import courses
 
 WORDS = ("tea", "milk", "rain today", "snow", "fish and bread", "salt", "the wind", "wood", "iron",
          "a very long walk")  # fmt: skip
 
 
-NOTHING = arms.Programs(None, None, (), None, frozenset())  # where all is read from a folder
+NOTHING = courses.Programs((), None, None, frozenset(), None)  # where all is read from a folder
 
 
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
@@ -132,7 +133,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 def test_a_subset_of_two_scores_is_trained_once(made, arrays, begun, monkeypatch):
     config, trained = made[0], []
 
-    def fake(config, run, begun, arm, *, name, looks):
+    def fake(begun, arm, *, name, looks):
         trained.append((name, tuple(begun.parts.preference)))
         assert (begun.parts.unseen == parts.unseen).all()
         return {"change": np.full((1, 6, 2), float(len(trained)))}
@@ -142,7 +143,7 @@ def test_a_subset_of_two_scores_is_trained_once(made, arrays, begun, monkeypatch
     drawn = {"pool": arrays["pool"][1], "places": arrays["places"][1].copy()}
     drawn["places"][:] = [[0, 1, 2, 3], [2, 3, 4, 5]]
     drawn["places"][1, 0] = [0, 1, 2, 5]
-    found = measure.trainings(config, NOTHING, lambda: begun, drawn, 1, None)
+    found = measure.trainings(config, lambda: begun, drawn, 1, None)
     assert len(trained) == len(set(trained)) == 4 * 3
     np.testing.assert_array_equal(found["dpo_change"][0], found["dpo_change"][2])
     assert (found["dpo_change"][1, 0] != found["dpo_change"][0, 0]).all()

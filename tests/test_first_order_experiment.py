@@ -11,11 +11,12 @@ import pytest
 import smoke
 
 import experiments.first_order as lab
-from experiments.protocol import optimizers
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches, preferences
 from jaxpref.data.pairs import encode
 from jaxpref.models import pretrained
+from jaxpref.training import courses
+from jaxpref.training.optimizers import unit_optimizer
 from jaxpref.training.pairset import PairSet
 
 RATES = (1e-5, 1e-4)
@@ -80,10 +81,11 @@ def test_the_batch_is_predicted_by_the_gram_of_all_its_pairs(made):
     found = lab.measure(config, lab.Part(0, "adam", 0.5), pairs, params, run)
 
     drawn = batches.order(4, 4, 0, 0)
-    state = optimizers.unit_optimizer("adam").init(params)
+    state = unit_optimizer("adam").init(params)
     _, slope, _ = run.slope(params, pairs.rows(drawn[2:]), 0.5)
-    params, state = optimizers.apply_update(
-        "adam", jax.tree.map(jnp.copy, params), state, slope, RATES[0]
+    params = jax.tree.map(jnp.copy, params)
+    params, state = courses.updated(
+        unit_optimizer("adam"), params, state, slope, jnp.float32(RATES[0])
     )
     batch = pairs.rows(drawn[:2])
     pull, slope, factor = run.slope(params, batch, 0.5)

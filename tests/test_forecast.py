@@ -13,6 +13,7 @@ from test_protocol import written
 import experiments.forecast as lab
 from experiments.forecast import measure, protocol, summary
 from experiments.protocol import arms, foresight, kinds, texts
+from jaxpref.training import courses
 
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
@@ -56,19 +57,16 @@ def test_the_parts_of_a_change_are_its_own_pairs_and_others(made, arrays):
         np.testing.assert_allclose(whole[known], found["measured"][known], rtol=1e-4, atol=1e-6)
         assert (found["own"][:, config.trained :] == 0).all()
         assert (found["drag"] <= 0).all()
-    hashes = protocol.hashes(config)
-    run = measure.programs(config, pairs)
-    begun = arms.begin(
-        config, run, pairs, subject.params, 0, None, arms.identity_of(config, hashes)
-    )
+    run = courses.programs(pairs, measure.objectives(config))
+    begun = arms.begin(config, run, pairs, subject.params, 0)
     row = begun.parts.preference[0]
     assert arrays["rows"][0, 0] == row
     kept = []
     arm = protocol.epoch_of(config)
-    arms.follow(config, run, begun, arm, name="dpo", looks=[arm.updates],
+    arms.follow(begun, arm, name="dpo", looks=[arm.updates],
                 also=lambda n, params, state: kept.append(state))  # fmt: skip
     scale = foresight.scale_of("adam", foresight.squares_of("adam", kept[0], arm.updates),
-                               arms.rates_of(arm))  # fmt: skip
+                               arm.rates)  # fmt: skip
     pair = tuple(x[0] for x in pairs.rows(np.array([row]))[:3])
     jacobian = jax.jit(jax.jacrev(lambda p: pairs.logp(p, pair)))(begun.params)
     flat = [np.asarray(j).reshape(2, -1) for j in jax.tree.leaves(jacobian)]

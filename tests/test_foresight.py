@@ -9,8 +9,9 @@ from test_protocol import begun as begun
 from test_protocol import config as config
 from test_protocol import made as made
 
-from experiments.protocol import arms, foresight, optimizers
+from experiments.protocol import arms, foresight
 from jaxpref import losses
+from jaxpref.training.optimizers import unit_optimizer
 from jaxpref.training.pairset import PairSet
 
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
@@ -22,14 +23,14 @@ def arm(config):
 
 
 @pytest.fixture(scope="module")
-def seen(config, made, begun, arm):
-    return foresight.foresee(config, made[2], begun, arm)
+def seen(begun, arm):
+    return foresight.foresee(begun, arm)
 
 
 @pytest.fixture(scope="module")
-def gradients(config, begun, arm):
+def gradients(begun, arm):
     """Of each batch at the start, by plain autodiff."""
-    course = arms.Course.of(config, begun.pairs, begun.parts.preference, "given", 0)
+    course = begun.course("given")
     whole = PairSet.of(begun.pairs.policy, begun.pairs.pairs).with_reference(begun.pairs.known)
 
     @jax.jit
@@ -47,7 +48,7 @@ def close(found, expected, rtol=2e-3):
 
 
 def test_movements_are_those_of_the_definitions(begun, arm, seen, gradients):
-    rates = arms.rates_of(arm)
+    rates = arm.rates
     assert rates[0] < rates[1] < rates[2] == rates[3] == arm.rate
     mean = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
     square = jax.tree.map(lambda *g: sum(x * x for x in g) / len(g), *gradients)
@@ -76,7 +77,7 @@ def test_rmsprop_grows_its_steps_and_descent_has_none():
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd"])
 def test_squares_are_the_optimizer_s_without_bias(name):
     """Of equal gradients, their square."""
-    optimizer = optimizers.unit_optimizer(name)
+    optimizer = unit_optimizer(name)
     gradient = {"a": jnp.array([2.0, -3.0])}
     state = optimizer.init(gradient)
     for _ in range(3):

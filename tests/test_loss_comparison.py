@@ -12,7 +12,6 @@ import pytest
 import smoke
 
 import experiments.loss_comparison as lab
-from experiments.loss_comparison import pulling
 from jaxpref.data import batches
 from jaxpref.training.objectives import NAMES
 
@@ -155,7 +154,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 
 
 def test_every_loss_has_its_place_in_the_table():
-    assert {pulling.family(name) for name in NAMES} <= {*lab.FAMILIES}
+    assert {lab.family(name) for name in NAMES} <= {*lab.FAMILIES}
 
 
 def a_world(*margins):

@@ -15,6 +15,8 @@ import experiments.mitigations as lab
 from experiments.mitigations import measure, protocol
 from experiments.protocol import arms, changes, intervals, settings
 from experiments.protocol.changes import CONTROLS
+from jaxpref.training import courses
+from jaxpref.training.optimizers import unit_optimizer
 
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
@@ -102,15 +104,15 @@ def long(tiny_model):
     subject, pairs = settings.load(config)
     short = int(np.quantile(pairs.needs, 0.5, method="lower"))
     pairs = dataclasses.replace(pairs, sizes=(short, *pairs.sizes))
-    run = arms.programs("sgd", pairs, protocol.objectives(config), protocol.changes_of(config))
-    begun = arms.begin(config, run, pairs, subject.params, 0, None, "")
+    run = courses.programs(pairs, protocol.objectives(config), protocol.changes_of(config))
+    begun = arms.begin(config, run, pairs, subject.params, 0)
 
     @jax.jit
     def tokens(params, ids):
         hidden = pairs.policy.hidden(params, ids[None])[0]
         return jax.nn.log_softmax(hidden @ pairs.policy.unembedding(params).T)
 
-    return config, begun, run, tokens
+    return config, begun, tokens
 
 
 def token_logps(tokens, params, pair, side):
@@ -121,7 +123,7 @@ def token_logps(tokens, params, pair, side):
 
 def naively(long, index, pulls_of, parts_of):
     """Plain gradient descent; of each update the two numbers of each pair, and their pulls."""
-    config, begun, _, tokens = long
+    config, begun, tokens = long
     params, seen, pulls = begun.params, [], []
     for rows in index:
         total = jax.tree.map(jnp.zeros_like, params)
@@ -182,21 +184,20 @@ def differing(name):
 @pytest.mark.parametrize("name", [*protocol.CHANGES, protocol.MASK])
 def test_a_method_is_its_definition(long, name):
     """Gram, pull and step of two updates against jacobians, formula and plain descent."""
-    config, begun, run, _ = long
+    config, begun, _ = long
     pairs = begun.pairs
     assert max(len(pairs.parts(row)) for row in begun.parts.preference.reshape(-1, 2)) == 2
     shown = measure.contrasted(begun) if name == protocol.MASK else begun.pairs
     arm = protocol.arm_of(config, name)
-    ends = []
-    found = arms.train(
-        config, run, shown, begun.params, begun.parts.preference, arm, 0, name=name, looks={2},
-        look=lambda number, params, state: ends.append(jax.tree.map(jnp.copy, params)),
+    found = courses.train(
+        begun.run, shown, begun.params, begun.course("given"), arm.loss, arm.rates,
+        optimizer=unit_optimizer("sgd"),
     )  # fmt: skip
-    params, seen, pulls = naively(long, found["index"], pulls_of(name), differing(name))
-    np.testing.assert_allclose(found["seen"], seen, atol=2e-4)
-    np.testing.assert_allclose(found["pull"], pulls, rtol=2e-3)
+    params, seen, pulls = naively(long, found.index, pulls_of(name), differing(name))
+    np.testing.assert_allclose(found.seen, seen, atol=2e-4)
+    np.testing.assert_allclose(found.pull, pulls, rtol=2e-3)
     assert name == protocol.MASK or np.abs(np.abs(pulls) / 0.05 - 1).max() > 0.1
-    for start, end, naive in zip(*map(jax.tree.leaves, (begun.params, ends[0], params)),
+    for start, end, naive in zip(*map(jax.tree.leaves, (begun.params, found.params, params)),
                                  strict=True):  # fmt: skip
         far = np.abs(naive - start).max()
         assert far > 0
@@ -204,7 +205,7 @@ def test_a_method_is_its_definition(long, name):
 
 
 def test_divergence_is_that_of_whole_softmaxes(long):
-    _, begun, _, tokens = long
+    _, begun, tokens = long
     rows = begun.parts.preference[:2]
     moved = jax.tree.map(lambda x: 1.1 * x, begun.params)
     kl_of = measure.divergence(begun.pairs, begun.params, rows)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from jaxpref.training.optimizers import torch_rmsprop
+from jaxpref.training.optimizers import torch_rmsprop, unit_optimizer
 
 
 def updates(optimizer, gradients, params):
@@ -127,3 +127,15 @@ def test_a_number_out_of_range_is_named(name, value):
     arguments = {"learning_rate": 1e-3} | {name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}, expected a number"):
         torch_rmsprop(**arguments)
+
+
+def test_optimizers_by_name_have_the_rate_one():
+    gradient = jnp.array([2.0, -3.0], jnp.float32)
+    for name, size in (("sgd", [2.0, 3.0]), ("rmsprop", [10.0, 10.0]), ("adam", [1.0, 1.0])):
+        optimizer = unit_optimizer(name)
+        assert optimizer is unit_optimizer(name)  # programs that depend on it are compiled once
+        with jax.numpy_dtype_promotion("standard"):
+            (update,) = updates(optimizer, [gradient], jnp.zeros(2, jnp.float32))
+        np.testing.assert_allclose(update, np.array([-1, 1]) * size, rtol=1e-5)
+    with pytest.raises(ValueError, match="optimizer: got lion, expected one of sgd, rmsprop, adam"):
+        unit_optimizer("lion")

@@ -13,6 +13,7 @@ import pytest
 from experiments.protocol import arms, changes, intervals, kinds, settings
 from experiments.protocol.settings import Protocol
 from jaxpref import losses
+from jaxpref.training import courses
 from jaxpref.training.objectives import objective
 from jaxpref.training.pairset import PairSet
 
@@ -46,13 +47,13 @@ def made(config):
     """Model, pairs and programs."""
     subject, pairs = settings.load(config)
     objectives = {name: objective(name) for name in ("dpo", "sft", "ipo")}
-    return subject, pairs, arms.programs("adam", pairs, objectives)
+    return subject, pairs, courses.programs(pairs, objectives)
 
 
 @pytest.fixture(scope="module")
 def begun(config, made):
     subject, pairs, run = made
-    return arms.begin(config, run, pairs, subject.params, 0, None, "")
+    return arms.begin(config, run, pairs, subject.params, 0)
 
 
 def test_no_prompt_is_in_two_parts(config, made):
@@ -101,7 +102,7 @@ def naively(begun, made, name, orders, rate, swap=()):
     _, pairs, _ = made
     optimizer = optax.adam(rate)
     params, state = begun.params, optimizer.init(begun.params)
-    loss = {"dpo": losses.dpo, "ipo": losses.ipo, "sft": lambda logp, reference: -logp[:, 0]}[name]
+    loss = {"ipo": losses.ipo, "sft": lambda logp, reference: -logp[:, 0]}[name]
     whole = PairSet.of(pairs.policy, pairs.pairs)
     whole = dataclasses.replace(whole, sizes=whole.sizes[-1:]).with_reference(begun.pairs.known)
     seen = []
@@ -124,27 +125,26 @@ def naively(begun, made, name, orders, rate, swap=()):
     return params, np.array(seen)
 
 
-@pytest.mark.parametrize(("name", "labels"), [("dpo", "given"), ("ipo", "coin"), ("sft", "given")])
+@pytest.mark.parametrize(("name", "labels"), [("ipo", "coin"), ("sft", "given")])
 def test_an_arm_is_the_loss_s_own_training(config, made, begun, name, labels):
-    """The loss as a number, by length and in parts, against plain autodiff and optax."""
-    _, pairs, run = made
-    arm = arms.Arm(name, 4, config.rate, labels)
-    found = arms.follow(config, run, begun, arm, name=name, looks=[1, 4])
-    course = arms.Course.of(config, pairs, begun.parts.preference, labels, 0)
-    swap = np.flatnonzero(course.swap)
+    """From the start of its seed, with its coins, to its probes: by plain autodiff and optax."""
+    pairs = begun.pairs
+    found = arms.follow(begun, arms.Arm(name, 4, config.rate, labels), name=name, looks=[1, 4])
+    course = begun.course(labels)
+    swap = course.swapped
     assert labels == "given" or 0 < np.isin(begun.parts.preference, swap).sum() < 4
     index = np.array([course.index(n) for n in range(4)])
     assert sorted(index[:2].ravel()) == sorted(begun.parts.preference)
     params, seen = naively(begun, made, name, index, config.rate, swap)
     np.testing.assert_array_equal(found["index"], index)
     np.testing.assert_allclose(found["seen"], seen, atol=1e-3)
-    probes = arms.probes_of(config, begun.parts)
+    probes = begun.probes
     moved = pairs.logps(params, probes) - begun.pairs.known[probes]
     assert np.abs(moved).max() > 0.1
     # float32, and Adam divides gradients that are nearly zero by themselves and eps
     np.testing.assert_allclose(found["change"][-1], moved, atol=2e-3 * np.abs(moved).max())
     assert found["diverged"] == -1
-    signs = {"dpo": (-1, 1), "ipo": (-1, 1), "sft": (-1, 0)}[name]
+    signs = {"ipo": (-1, 1), "sft": (-1, 0)}[name]
     turned = np.isin(index, swap)[..., None]
     expected = np.where(turned, np.array(signs)[::-1], signs)
     np.testing.assert_array_equal(np.sign(found["pull"][0]), expected[0])
@@ -152,13 +152,12 @@ def test_an_arm_is_the_loss_s_own_training(config, made, begun, name, labels):
 
 def test_a_warm_up_ends_at_the_rate():
     arm = arms.Arm("dpo", 9, 1.0, warmup=3)
-    assert [arms.rate_at(arm, n) for n in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert arms.rate_at(arms.Arm("dpo", 9, 2.0), 0) == 2.0
+    assert arm.rates == (0.25, 0.5, 0.75, *[1.0] * 6)
+    assert arms.Arm("dpo", 2, 2.0).rates == (2.0, 2.0)
 
 
-def test_an_arm_that_diverges_is_reported_and_the_others_go_on(config, made, begun):
-    _, _, run = made
-    found = arms.follow(config, run, begun, arms.Arm("dpo", 4, 3e38), name="dpo", looks=[1, 4])
+def test_an_arm_that_diverges_is_reported_and_the_others_go_on(begun):
+    found = arms.follow(begun, arms.Arm("dpo", 4, 3e38), name="dpo", looks=[1, 4])
     assert found["diverged"] == 2  # the norms hide it from the second update
     assert np.isfinite(found["seen"][:2]).all()
     assert np.isnan(found["seen"][2:]).all()

@@ -31,29 +31,24 @@ pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 def made(tiny_model, tmp_path_factory):
     """A finished run of the command: its settings, folder and what it printed.
 
-    And what it trained with, by set: programs, and the start of the one seed.
+    And by set the start of its one seed.
     """
-    cwd, kept = tmp_path_factory.mktemp("made"), {"programs": [], "begin": []}
+    cwd, kept = tmp_path_factory.mktemp("made"), []
     config = dataclasses.replace(
         lab.SMOKE, model=str(tiny_model), data=written(cwd), sets=("short", "single"), rate=1e-3,
         supervised_rate=1e-3,
     )  # fmt: skip
 
-    def recorded(name):
-        make = getattr(arms, name)
+    make = arms.begin
 
-        def make_and_keep(*values):
-            kept[name].append(make(*values))
-            return kept[name][-1]
-
-        return make_and_keep
+    def recorded(*values):
+        kept.append(make(*values))
+        return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in kept:
-            patch.setattr(arms, name, recorded(name))
+        patch.setattr(arms, "begin", recorded)
         folder, printed = smoke.command(lab, config, cwd)
-    trained = dict(zip(SETS, zip(kept["programs"], kept["begin"], strict=True), strict=True))
-    return config, folder, printed, trained
+    return config, folder, printed, dict(zip(SETS, kept, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +73,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
 
 def test_all_sets_have_the_same_sentences_in_the_same_parts(made):
     """And no text but what follows the label is another: they are compared pair by pair."""
-    _, one = made[3]["single"]
-    _, other = made[3]["short"]
+    one, other = made[3]["single"], made[3]["short"]
     for name in ("preference", "unseen"):
         for a, b in zip(getattr(one.parts, name), getattr(other.parts, name), strict=True):
             mine, same = one.pairs.pairs[a], other.pairs.pairs[b]
@@ -92,7 +86,7 @@ def test_all_sets_have_the_same_sentences_in_the_same_parts(made):
 def test_the_first_look_is_two_plain_gradients(made, arrays):
     """Gram and differing token of one response at a time, by autodiff and no packing."""
     config, *_, trained = made
-    _, begun = trained["short"]
+    begun = trained["short"]
     policy = begun.pairs.policy
 
     @jax.jit
@@ -106,7 +100,7 @@ def test_the_first_look_is_two_plain_gradients(made, arrays):
         slope, token = jax.grad(logp, has_aux=True)(params)
         return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(slope)]), token
 
-    probes = arms.probes_of(config, begun.parts)
+    probes = begun.probes
     for place, row in enumerate(begun.parts.unseen[: config.grams]):
         pair = begun.pairs.pairs[row]
         found = [response(begun.params, ids, pair.starts[0]) for ids in pair.tokens]
@@ -146,9 +140,8 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 
 def test_an_arm_that_diverges_is_reported(made, arrays):
     config, *_, trained = made
-    program, begun = trained["short"]
     wild = dataclasses.replace(config, rate=3e38, epochs=(0.5, 2))
-    found = measure.course(wild, program, "dpo", begun)
+    found = measure.course(wild, "dpo", trained["short"]._replace(config=wild))
     assert found["diverged"] == 2  # the norms hide it from the second update
     assert np.isnan(found["gram"][-1]).all()
     assert np.isnan(found["change"][-1]).all()

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from experiments.ches_percentiles import protocol
 from experiments.ches_percentiles.protocol import Config, load, looks, names
-from experiments.protocol import arms, inputs, running
+from experiments.protocol import arms, running
 from jaxpref.score import score_pairs
 from jaxpref.training.objectives import objective
 
@@ -33,14 +33,13 @@ def scored(config: Config, begun: arms.Begun) -> Record:
     scores = np.stack([found[name] for name in config.scores]).astype(float)
     places = np.array([[protocol.quantile_slice(each, at, config.subset)
                         for at in config.percentiles] for each in scores])  # fmt: skip
-    rows = np.array([[arms.probes_of(config, begun.parts._replace(preference=pool[subset]))
-                      for subset in each] for each in places])  # fmt: skip
+    rows = np.array([[begun.on(pool[subset]).probes for subset in each] for each in places])
     return {"pool": pool, "scores": scores, "places": places, "rows": rows,
             "lengths": pairs.lengths[rows], "logp": pairs.known[rows]}  # fmt: skip
 
 
-def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun], drawn: Record,
-              seed: int, folder: Path | None) -> Record:  # fmt: skip
+def trainings(config: Config, begin: Callable[[], arms.Begun], drawn: Record, seed: int,
+              folder: Path | None) -> Record:  # fmt: skip
     """Of each arm what `arms.follow` gives, ``[scores percentiles ...]``.
 
     A subset that several scores chose is trained once.
@@ -52,9 +51,7 @@ def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun
         for number, places in enumerate(tqdm(subsets, f"{name}, seed {seed}", unit="subset")):
 
             def arm(name=name, rows=drawn["pool"][places]):
-                own = begin()
-                own = own._replace(parts=own.parts._replace(preference=rows))
-                return arms.follow(config, run, own, protocol.arm_of(config, name), name=name,
+                return arms.follow(begin().on(rows), protocol.arm_of(config, name), name=name,
                                    looks=looks(config))  # fmt: skip
 
             made.append(running.kept(folder, f"{seed}_{number}_{name}", arm))
@@ -67,15 +64,10 @@ def trainings(config: Config, run: arms.Programs, begin: Callable[[], arms.Begun
 def run(config: Config, folder: Path | None = None) -> Record:
     """Arrays ``[seeds ...]``: what `scored` and `trainings` return."""
     subject, pairs = load(config)
-    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     losses = {name: objective(name) for name in dict.fromkeys((*config.losses, "dpo", "sft"))}
-    compiled, seeds = arms.programs(config.optimizer, pairs, losses), []
+    start, seeds = arms.starts(config, subject, pairs, losses, folder), []
     for seed in range(config.seeds):
-
-        @functools.cache
-        def begin(seed=seed):
-            return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
-
+        begin = functools.cache(functools.partial(start, seed))
         drawn = running.kept(folder, f"{seed}_scores", lambda begin=begin: scored(config, begin()))
-        seeds.append(drawn | trainings(config, compiled, begin, drawn, seed, folder))
+        seeds.append(drawn | trainings(config, begin, drawn, seed, folder))
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from experiments.displacement.protocol import Config, arm_of, load, looks
 from experiments.displacement.report import foretold
-from experiments.protocol import arms, foresight, inputs
+from experiments.protocol import arms, foresight
 from experiments.protocol.arms import ARMS
 from jaxpref.training.objectives import objective
 
@@ -22,23 +22,17 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """
     subject, pairs = load(config)
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
-    compiled = arms.programs(config.optimizer, pairs, losses)
-    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
-
-    def begin(seed):
-        return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+    begin = arms.starts(config, subject, pairs, losses, folder)
 
     def first(begun):
-        unseen, probes = begun.parts.unseen, arms.probes_of(config, begun.parts)
-        seen = foresight.foresee(config, compiled, begun, arm_of(config, "dpo"))
+        unseen, seen = begun.parts.unseen, foresight.foresee(begun, arm_of(config, "dpo"))
         there = jax.tree.map(jnp.add, begun.params, seen.replay)
         forecast = pairs.logps(there, unseen) - begun.pairs.known[unseen]
         tqdm.write(foretold(unseen, forecast[:, 0], pairs, subject.tokenizer))
-        return {"lengths": pairs.lengths[probes], "forecast": forecast}
+        return {**begun.look(), "forecast": forecast}
 
     def arm(name, begun):
-        return arms.follow(config, compiled, begun, arm_of(config, name), name=name,
-                           looks=looks(config))  # fmt: skip
+        return arms.follow(begun, arm_of(config, name), name=name, looks=looks(config))
 
     parts = {name: functools.partial(arm, name) for name in ARMS}
     return arms.over_seeds(config, folder, begin, ("forecast", first), parts)

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.dose.protocol import Config, arm_of, doses, load, looks
 from experiments.protocol import arms, inputs
+from jaxpref.training.courses import programs
 from jaxpref.training.objectives import objective
 
 
@@ -15,8 +16,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays ``[seeds ...]``: of each dose, by its name, what `arms.follow` gives; ``lengths``."""
     subject, pairs = load(config)
     hashes = inputs.hashes(subject, pairs)
-    losses = {"dpo": objective("dpo"), "sft": objective("sft")}
-    compiled = arms.programs(config.optimizer, pairs, losses)
+    compiled = programs(pairs, {"dpo": objective("dpo"), "sft": objective("sft")})
 
     @functools.lru_cache(maxsize=1)
     def begun(seed, start):
@@ -31,11 +31,11 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
         return arms.begin(own, compiled, pairs, params, seed, room, identity)
 
     def first(begin):
-        return {"lengths": pairs.lengths[arms.probes_of(config, begin(config.starts[0]).parts)]}
+        return begin(config.starts[0]).look()
 
     def course(dose, begin):
-        return arms.follow(config, compiled, begin(dose.start), arm_of(config, dose),
-                           name=str(dose), looks=looks(config))  # fmt: skip
+        return arms.follow(begin(dose.start), arm_of(config, dose), name=str(dose),
+                           looks=looks(config))  # fmt: skip
 
     parts = {str(dose): functools.partial(course, dose) for dose in doses(config)}
     return arms.over_seeds(

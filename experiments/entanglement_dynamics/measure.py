@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.entanglement_dynamics import protocol
 from experiments.entanglement_dynamics.protocol import Config, load
-from experiments.protocol import arms, inputs
+from experiments.protocol import arms
 from jaxpref.logprobs import Scores
 from jaxpref.training.objectives import Objective, batch_of, objective, pull
 
@@ -32,21 +32,15 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     And ``lengths``, ``logp [probes 2]``, and each loss's pulls at the start, ``{loss}_start``.
     """
     subject, pairs = load(config)
-    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
     losses, looks = objectives(config), protocol.looks(config)
-    compiled = arms.programs(config.optimizer, pairs, losses)
-
-    def begin(seed):
-        return arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+    begin = arms.starts(config, subject, pairs, losses, folder)
 
     def first(begun):
-        probes = arms.probes_of(config, begun.parts)
         pulls = {f"{name}_start": pulls_at_start(losses[name], begun) for name in config.losses}
-        return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]} | pulls
+        return begun.look(("lengths", "logp")) | pulls
 
     def arm(name, begun):
-        return arms.follow(config, compiled, begun, protocol.arm_of(config, name), name=name,
-                           looks=looks[name])  # fmt: skip
+        return arms.follow(begun, protocol.arm_of(config, name), name=name, looks=looks[name])
 
     parts = {name: functools.partial(arm, name) for name in protocol.names(config)}
     return arms.over_seeds(config, folder, begin, ("start", first), parts)

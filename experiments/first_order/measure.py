@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from experiments.first_order.protocol import Config, Part, load, parts, rates_of
-from experiments.protocol import optimizers, running
-from jaxpref import diagnostics, gradients, losses
+from experiments.protocol import arms, running
+from jaxpref import diagnostics, gradients
 from jaxpref.data import batches
+from jaxpref.training import courses
 from jaxpref.training.linearised import linearised
+from jaxpref.training.objectives import objective
+from jaxpref.training.optimizers import DECAY, unit_optimizer
 from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import tree_norm
 
@@ -35,35 +37,30 @@ class Programs(NamedTuple):
     slope: Any  # (params, batch, clip) -> (pull, gradient of the mean loss clipped, factor)
     logp: Any  # (params, batch) -> [pairs 2]
     change: Any  # (params, arrays, tangent) -> (logp, change)
-    grams: Any  # (params, arrays, metric) -> [pairs 2 2]
 
 
 def programs(config: Config, pairs: PairSet) -> Programs:
     """Compiled once a run: the optimizer is applied outside of them."""
+    dpo = courses.programs(pairs, {"dpo": objective("dpo", beta=config.beta)})
+    number, first = dpo.number("dpo"), jnp.bool_(False)
 
-    def loss(logp, batch):
-        return losses.dpo(logp, batch.reference, beta=config.beta)
-
-    @jax.jit
     def slope(params, batch, clip):
-        logp, back = jax.vjp(lambda p: pairs.score(p, batch).logp, params)
-        pull = jax.grad(lambda x: loss(x, batch).sum())(logp)
-        (gradient,) = back(pull / len(pull))
-        factor = jnp.minimum(1.0, clip / tree_norm(gradient))
-        return pull, jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient), factor
-
-    @jax.jit
-    def grams(params, arrays, metric):
-        return gradients.pair_grams(
-            pairs.logp, params, arrays, metric=metric, responses="together"
-        ).gram
+        parts = (batch,)
+        gram = dpo.gram(params, parts, "dpo")
+        _, pull, gradient = dpo.slope(params, parts, number, first, gram)
+        return pull, *_clipped(gradient, clip)
 
     return Programs(
         slope,
         jax.jit(lambda params, batch: pairs.score(params, batch).logp),
         jax.jit(functools.partial(logp_and_change, pairs.logp)),
-        grams,
     )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _clipped(gradient: PyTree, clip: Array) -> tuple[PyTree, Array]:
+    factor = jnp.minimum(1.0, clip / tree_norm(gradient))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient), factor
 
 
 @functools.partial(jax.jit, static_argnames=("name", "steps"))
@@ -72,7 +69,7 @@ def _frozen(name: str, steps: int, params, state, gradient):
 
     def one(_, carry):
         total, state = carry
-        update, state = optimizers.unit_optimizer(name).update(gradient, state, params)
+        update, state = unit_optimizer(name).update(gradient, state, params)
         return jax.tree.map(jnp.add, total, update), state
 
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -82,9 +79,7 @@ def _frozen(name: str, steps: int, params, state, gradient):
 @functools.partial(jax.jit, static_argnames="name")
 def own_metric(name: str, params, state, gradient):
     """The update as a metric of the gradient, and what the state carries on."""
-    return linearised(
-        optimizers.unit_optimizer(name), state, gradient, params, decay=optimizers.DECAY[name]
-    )
+    return linearised(unit_optimizer(name), state, gradient, params, decay=DECAY[name])
 
 
 @jax.jit
@@ -101,19 +96,15 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
         ``measured``: nats, ``[one or all steps, rates, probes, 2]``.
     """
     n, rates = config.pairs, rates_of(config, part.optimizer)
+    optimizer = unit_optimizer(part.optimizer)
     drawn = batches.order(len(pairs), n * (1 + config.warm) + config.others, part.seed, 0)
     trained, probes = drawn[:n], drawn[: n + config.others]
     clip = jnp.float32(part.clip)
-    params, state = (
-        jax.tree.map(jnp.copy, params),
-        optimizers.unit_optimizer(part.optimizer).init(params),
-    )
+    params, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
     for at in range(config.warm):
         begin = len(probes) + at * n
         _, gradient, _ = run.slope(params, pairs.rows(drawn[begin : begin + n]), clip)
-        params, state = optimizers.apply_update(
-            part.optimizer, params, state, gradient, jnp.float32(rates[0])
-        )
+        params, state = courses.updated(optimizer, params, state, gradient, jnp.float32(rates[0]))
 
     batch, seen = pairs.rows(trained), pairs.rows(probes)
     pull, gradient, factor = run.slope(params, batch, clip)
@@ -122,7 +113,7 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
     arrays = seen[:3]
     start, total = run.change(params, arrays, update)
     _, momentum = run.change(params, batch[:3], carried)
-    gram = run.grams(params, batch[:3], metric)
+    gram = courses.grams(pairs, params, batch, metric)
     own = momentum + diagnostics.first_order_change(gram, pull) * factor / n
     frozen = run.change(
         params, arrays, _frozen(part.optimizer, config.steps, params, state, gradient)
@@ -134,7 +125,7 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
         moving, kept = (jax.tree.map(jnp.copy, x) for x in (params, state))
         for _ in range(config.steps):
             _, slope, _ = run.slope(moving, batch, clip)
-            moving, kept = optimizers.apply_update(part.optimizer, moving, kept, slope, size)
+            moving, kept = courses.updated(optimizer, moving, kept, slope, size)
         after[1, i] = run.logp(moving, seen)
     before = np.asarray(run.logp(params, seen))
     return {
@@ -154,16 +145,11 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     todo = parts(config)
 
     def begin() -> tuple[Any, PairSet, Programs]:
-        params = optimizers.supervise(
-            pairs,
-            subject.params,
-            optax.adam(config.supervised_rate),
-            steps=config.supervised,
-            batch=config.pairs,
-            seed=0,
-        )
-        ready = pairs.with_reference(pairs.logps(params))
-        return params, ready, programs(config, ready)
+        course = courses.Course(np.arange(len(pairs)), config.pairs, 0)
+        rates = (config.supervised_rate,) * config.supervised
+        only = courses.programs(pairs, {"sft": objective("sft")})
+        params = arms.supervised(only, pairs, subject.params, course, rates)
+        return params, pairs.referring_to(params), programs(config, pairs)
 
     begun = functools.cache(begin)  # not for a run that is only read back
 

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from experiments.protocol import checks, inputs
-from experiments.protocol.optimizers import Optimizer
+from jaxpref.training.optimizers import Optimizer
 from jaxpref.training.pairset import PairSet
 
 

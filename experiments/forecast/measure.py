@@ -12,20 +12,20 @@ from jaxtyping import PyTree
 
 from experiments.forecast import protocol
 from experiments.forecast.protocol import Config, load
-from experiments.protocol import arms, foresight, inputs, kinds
+from experiments.protocol import arms, foresight, kinds
 from experiments.protocol.arms import ARMS
 from experiments.protocol.settings import Parts
 from jaxpref import diagnostics, embeddings
 from jaxpref.logprobs import token_logits
 from jaxpref.logprobs.chunked import map_time
-from jaxpref.training.objectives import objective
+from jaxpref.training.courses import grams
+from jaxpref.training.objectives import Objective, objective
 from jaxpref.training.pairset import PairSet
 
 
-def programs(config: Config, pairs: PairSet) -> arms.Programs:
-    """Of the two losses of the arms."""
-    losses = {"sft": objective("sft"), "dpo": objective("dpo", beta=config.beta)}
-    return arms.programs(config.optimizer, pairs, losses)
+def objectives(config: Config) -> dict[str, Objective]:
+    """The two losses of the arms."""
+    return {"sft": objective("sft"), "dpo": objective("dpo", beta=config.beta)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -55,23 +55,20 @@ def shifts(pairs: PairSet, start, params, batch) -> dict[str, jax.Array]:
     return {**found, "is_target": before.is_target}
 
 
-def forecast(config: Config, run: arms.Programs, begun: arms.Begun) -> dict[str, np.ndarray]:
+def forecast(config: Config, begun: arms.Begun) -> dict[str, np.ndarray]:
     """All signals of the probes, by name, ``[probes 2]`` or ``[probes]``, before any update."""
-    params, pairs, parts, _ = begun
-    probes = arms.probes_of(config, parts)
-    seen = foresight.foresee(config, run, begun, protocol.epoch_of(config))
-    found: dict[str, Any] = {
-        "rows": probes, "logp": pairs.known[probes], "lengths": pairs.lengths[probes]
-    }  # fmt: skip
+    params, pairs, probes = begun.params, begun.pairs, begun.probes
+    seen = foresight.foresee(begun, protocol.epoch_of(config))
+    found: dict[str, Any] = {"rows": probes, **begun.look(("logp", "lengths"))}
     for name in ("plain", "metric", "replay"):
         told = foresight.told(pairs, params, getattr(seen, name), probes, moved=name != "plain")
         found |= _named(name, told)
     scale = seen.scale
     del seen
-    plain = functools.partial(arms.grams, pairs, params)
+    plain = functools.partial(grams, pairs, params)
     found["gram"] = pairs.sweep(plain, probes, batch=4)
-    weighed = functools.partial(arms.grams, pairs, params, metric=scale)
-    found["metric_gram"] = pairs.sweep(weighed, parts.unseen, batch=4)
+    weighed = functools.partial(grams, pairs, params, metric=scale)
+    found["metric_gram"] = pairs.sweep(weighed, begun.parts.unseen, batch=4)
     return found | pairs.sweep(functools.partial(states, pairs, params), probes)
 
 
@@ -83,15 +80,14 @@ def explained(config: Config, begun: arms.Begun, others: PairSet, tokenizer: Any
     in its own optimizer's metric, the shifts of the tokens of unseen responses and of those of
     other kinds, and what it says.
     """
-    start, pairs, parts, _ = begun
-    probes = arms.probes_of(config, parts)
+    start, pairs, parts, probes = begun.params, begun.pairs, begun.parts, begun.probes
     path = jax.tree.map(jnp.subtract, params, start)
     found = _named("path", foresight.told(pairs, start, path, probes, moved=False))
     del path
-    rates = arms.rates_of(protocol.epoch_of(config))
+    rates = protocol.epoch_of(config).rates
     square = foresight.squares_of(config.optimizer, state, len(rates))
     scale = foresight.scale_of(config.optimizer, square, rates)
-    weighed = functools.partial(arms.grams, pairs, start, metric=scale)
+    weighed = functools.partial(grams, pairs, start, metric=scale)
     found["path_gram"] = pairs.sweep(weighed, probes[: config.grams], batch=4)
     del square, scale, weighed
     found |= _tokens(config, pairs, start, params, parts.unseen, "")
@@ -131,18 +127,17 @@ def _named(prefix: str, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     """Arrays ``[seeds ...]``: of `forecast`, and of each arm what it saw and `explained`."""
     subject, pairs = load(config)
-    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
-    compiled, tokenizer = programs(config, pairs), subject.tokenizer
+    start, tokenizer = arms.starts(config, subject, pairs, objectives(config), folder), subject[2]
 
     def begin(seed):
-        begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+        begun = start(seed)
         others = kinds.probes(pairs, begun.params, begun.parts.unseen, tokenizer, seed)
         return begun, others
 
     def first(start):
         begun, _ = start
         said = spoken(config, pairs, begun.params, begun.parts, tokenizer)
-        return forecast(config, compiled, begun) | _named("start", said)
+        return forecast(config, begun) | _named("start", said)
 
     def arm(name, start):
         begun, others = start
@@ -153,8 +148,8 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
                 found.update(explained(config, begun, others, tokenizer, params, state))
 
         return found | arms.follow(
-            config, compiled, begun, protocol.arm_of(config, name), name=name,
-            looks=protocol.looks(config, name), also=also,
+            begun, protocol.arm_of(config, name), name=name, looks=protocol.looks(config, name),
+            also=also,
         )  # fmt: skip
 
     parts = {name: functools.partial(arm, name) for name in ARMS}

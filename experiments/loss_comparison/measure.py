@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
-from experiments.loss_comparison import pulling
 from experiments.loss_comparison.protocol import (
     Config,
     drawn,
@@ -19,9 +17,14 @@ from experiments.loss_comparison.protocol import (
     names,
     rows_of,
 )
-from experiments.protocol import inputs, optimizers, running
+from experiments.protocol import arms, inputs, running
 from jaxpref import gradients, logprobs
 from jaxpref.data import batches
+from jaxpref.data.batches import Batch
+from jaxpref.logprobs import Scores
+from jaxpref.training import courses
+from jaxpref.training.objectives import batch_of, objective, pull
+from jaxpref.training.optimizers import unit_optimizer
 from jaxpref.training.pairset import PairSet
 
 
@@ -37,14 +40,14 @@ class Look(NamedTuple):
 class Programs(NamedTuple):
     """What a run compiles: each program once, for all losses, rates and seeds."""
 
-    step: Any  # of `pulling.make_step`
+    train: courses.Programs
     look: Any  # (params, batch, the reference's hidden states and unembedding) -> Look
     gram: Any  # (params, arrays) -> [pairs 2 pairs 2]
 
 
 def programs(config: Config, subject: inputs.Subject, pairs: PairSet) -> Programs:
-    """The losses of the run are branches of one step."""
-    some = {name: pulling.LOSSES[name] for name in names(config)}
+    """The losses of the run are branches of one step, supervision's among them."""
+    some = {name: objective(name) for name in dict.fromkeys((*names(config), "sft"))}
     unembedding = subject.policy.unembedding
 
     def look(params, batch, first_hidden, first_unembedding):
@@ -72,14 +75,14 @@ def programs(config: Config, subject: inputs.Subject, pairs: PairSet) -> Program
     def gram(params, arrays):
         return gradients.gram(pairs.logp, params, arrays).gram
 
-    step = pulling.make_step(pairs.score, some, optimizers.unit_optimizer(config.optimizer))
-    return Programs(step, jax.jit(look), jax.jit(gram))
+    return Programs(courses.programs(pairs, some), jax.jit(look), jax.jit(gram))
 
 
 class Start(NamedTuple):
     """What all losses of a seed begin from."""
 
     params: Any
+    pairs: PairSet  # with the start for a reference
     batch: Any  # training pairs, validation pairs, test pairs
     hidden: Any  # of the reference on the test pairs
     unembedding: Any
@@ -90,10 +93,8 @@ def begin(
 ) -> tuple[Start, dict[str, Any]]:
     """The start of a seed, and its arrays; the Gram matrix is of training and test pairs."""
     batch = pairs.rows(batches.order(len(pairs), drawn(config), seed, 0))
-    params = optimizers.supervise(
-        pairs, subject.params, optax.adam(config.supervised_rate), steps=config.supervised,
-        batch=config.batch, seed=seed, among=batch.index[rows_of(config, "train")],
-    )  # fmt: skip
+    course, rates = course_of(config, batch, seed), (config.supervised_rate,) * config.supervised
+    params = arms.supervised(run.train, pairs, subject.params, course, rates)
     unembedding = subject.policy.unembedding(params)
     like = jax.eval_shape(pairs.hidden, params, batch).hidden
     nothing = jnp.zeros((config.test, *like.shape[1:]), like.dtype)
@@ -104,34 +105,48 @@ def begin(
         "entropy": np.asarray(found.entropy),
         "lengths": batch.is_response.sum(axis=-1).astype(np.float32),
     }
-    batch = batch._replace(reference=arrays["logp"])
-    return Start(params, batch, found.hidden, unembedding), arrays
+    reference = np.full((len(pairs), 2), np.nan, np.float32)
+    reference[batch.index] = arrays["logp"]
+    ready = pairs.with_reference(reference)
+    return Start(params, ready, batch, found.hidden, unembedding), arrays
+
+
+def course_of(config: Config, batch: Batch, seed: int) -> courses.Course:
+    """The training pairs of a seed."""
+    return courses.Course(batch.index[rows_of(config, "train")], config.batch, seed)
 
 
 def measure(
     config: Config, run: Programs, start: Start, before: running.Arrays, seed: int, name: str
 ) -> dict[str, Any]:
     """Of a loss ``[rates looks ...]``, without the start, and its first pulls ``[train 2]``."""
-    rows = rows_of(config, "train")
+    rows, wanted = rows_of(config, "train"), look_steps(config)[1:]
     logp, lengths = (jnp.asarray(before[key][rows]) for key in ("logp", "lengths"))
-    pull = np.asarray(pulling.pull_at(name, logp, logp, lengths))
+    pulls = np.asarray(_pull_at(name, logp, lengths))
     # One that pulls on no pair, such as a hinge already met, moves nothing at any scale.
-    scale = float(np.sqrt((pull**2).mean())) or 1.0
-    index, wanted = jnp.int32(names(config).index(name)), look_steps(config)
-    found = {"logp": [], "entropy": [], "kl": []}
-    for rate in config.rates:
-        params = jax.tree.map(jnp.copy, start.params)
-        state = optimizers.unit_optimizer(config.optimizer).init(params)
-        sizes, looks = (jnp.float32(scale), jnp.float32(rate)), []
-        for number in tqdm(range(config.updates), f"{name}, {rate:g}", unit="update", leave=False):
-            at = batches.order(config.train, config.batch, seed, number)
-            batch = jax.tree.map(lambda x, at=at: x[at], start.batch)
-            params, state = run.step(params, state, batch, index, *sizes, jnp.bool_(number == 0))
-            if number + 1 in wanted:
-                looks.append(run.look(params, start.batch, start.hidden, start.unembedding))
-        for key, values in found.items():
-            values.append(np.stack([np.asarray(getattr(look, key)) for look in looks]))
-    return {**{key: np.stack(values) for key, values in found.items()}, "pull": pull}
+    scale = float(np.sqrt((pulls**2).mean())) or 1.0
+    shapes = {key: before[key].shape for key in ("logp", "entropy")} | {"kl": (config.test, 2)}
+    room = len(config.rates), len(wanted)
+    found = {key: np.full((*room, *x), np.nan, np.float32) for key, x in shapes.items()}
+    for i, rate in enumerate(config.rates):
+
+        def look(number, params, state, i=i):
+            seen = run.look(params, start.batch, start.hidden, start.unembedding)
+            for key, values in found.items():
+                values[i, wanted.index(number)] = getattr(seen, key)
+
+        courses.train(
+            run.train, start.pairs, start.params, course_of(config, start.batch, seed), name,
+            (rate,) * config.updates, optimizer=unit_optimizer(config.optimizer), scale=scale,
+            looks=wanted, look=look, title=f"{name}, {rate:g}",
+        )  # fmt: skip
+    return {**found, "pull": pulls}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pull_at(name: str, logp: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Pulls ``[pairs 2]`` of one loss at the start, of one batch."""
+    return pull(objective(name), Scores(logp, lengths), batch_of(logp))
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:

@@ -5,9 +5,10 @@ import itertools
 
 import numpy as np
 
-from experiments.loss_comparison import pulling
-from experiments.protocol import checks, inputs, optimizers
+from experiments.protocol import checks, inputs
+from jaxpref import losses
 from jaxpref.training.objectives import NAMES, objective
+from jaxpref.training.optimizers import Optimizer
 from jaxpref.training.pairset import PairSet
 
 FAMILIES = (
@@ -24,7 +25,7 @@ class Config:
     """Names; by default all of the catalogue that read log-probabilities of responses alone."""
     rates: tuple[float, ...] = (2e-6, 5e-6, 1.5e-5)
     """Learning rates, of which the validation pairs choose one for each loss."""
-    optimizer: optimizers.Optimizer = "adam"
+    optimizer: Optimizer = "adam"
     updates: int = 4
     batch: int = 4
     """Pairs of an update."""
@@ -64,11 +65,16 @@ SMOKE = Config(
 )  # fmt: skip
 
 
+def family(name: str) -> str:
+    """The file of the catalogue that a loss is in."""
+    return getattr(losses, name).__module__.rpartition(".")[2]
+
+
 def names(config: Config) -> list[str]:
     """The losses of a run, by family."""
     wanted = config.losses or NAMES
     order = {name: i for i, name in enumerate(FAMILIES)}
-    key = {name: order.get(pulling.family(name), len(order)) for name in wanted}
+    key = {name: order.get(family(name), len(order)) for name in wanted}
     return sorted(wanted, key=lambda name: (key[name], name))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.loss_comparison import pulling
-from experiments.loss_comparison.protocol import Config, names, rows_of
+from experiments.loss_comparison.protocol import Config, family, names, rows_of
 from experiments.protocol import running
 from jaxpref import diagnostics
 from jaxpref.diagnostics import Regime
@@ -96,7 +95,7 @@ def summarise(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
     fields = {**_measured(config, arrays), **_foreseen(config, arrays)}
     best, rows = chosen_rates(config, arrays), []
     for i, name in enumerate(names(config)):
-        row: dict[str, Any] = {"kind": "loss", "name": name, "family": pulling.family(name)}
+        row: dict[str, Any] = {"kind": "loss", "name": name, "family": family(name)}
         row["rates"] = [config.rates[j] for j in best[i]]
         for field, values in fields.items():
             row[field] = _mean(values[i])

@@ -10,18 +10,15 @@ from jaxtyping import PyTree
 
 from experiments.mitigations import protocol
 from experiments.mitigations.protocol import MASK, Config, Contrasted, load
-from experiments.protocol import arms, inputs
+from experiments.protocol import arms
 from jaxpref.logprobs import token_kl
 from jaxpref.training.pairset import PairSet
 
 
 def contrasted(begun: arms.Begun) -> PairSet:
     """The pairs of a start with the contrast mask, and the start's log-probabilities of it."""
-    pairs, rows = begun.pairs, begun.parts.preference
-    masked = Contrasted(pairs.policy, pairs.pairs, pairs.sizes)
-    reference = np.full((len(pairs), 2), np.nan, np.float32)
-    reference[rows] = masked.logps(begun.params, rows)
-    return masked.with_reference(reference)
+    masked = Contrasted(begun.pairs.policy, begun.pairs.pairs, begun.pairs.sizes)
+    return masked.referring_to(begun.params, begun.parts.preference)
 
 
 def divergence(pairs: PairSet, start: PyTree, rows: np.ndarray) -> Callable[[PyTree], np.ndarray]:
@@ -52,20 +49,15 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     And ``{arm}_kl [looks unseen]``, ``lengths`` and ``logp [probes 2]``, the start's.
     """
     subject, pairs = load(config)
-    identity = arms.identity_of(config, inputs.hashes(subject, pairs))
-    compiled = arms.programs(
-        config.optimizer, pairs, protocol.objectives(config), protocol.changes_of(config)
-    )
-    looks = protocol.looks(config)
+    made = protocol.objectives(config), folder, protocol.changes_of(config)
+    start, looks = arms.starts(config, subject, pairs, *made), protocol.looks(config)
 
     def begin(seed):
-        begun = arms.begin(config, compiled, pairs, subject.params, seed, folder, identity)
+        begun = start(seed)
         return begun, divergence(pairs, begun.params, begun.parts.unseen)
 
     def first(start):
-        begun, _ = start
-        probes = arms.probes_of(config, begun.parts)
-        return {"lengths": pairs.lengths[probes], "logp": begun.pairs.known[probes]}
+        return start[0].look(("lengths", "logp"))
 
     def arm(name, start):
         begun, kl_of = start
@@ -75,8 +67,8 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             kl[looks.index(number)] = kl_of(params)
 
         return {"kl": kl} | arms.follow(
-            config, compiled, begun, protocol.arm_of(config, name), name=name, looks=looks,
-            also=also, shown=contrasted(begun) if name == MASK else None,
+            begun, protocol.arm_of(config, name), name=name, looks=looks, also=also,
+            shown=contrasted(begun) if name == MASK else None,
         )  # fmt: skip
 
     parts = {name: functools.partial(arm, name) for name in protocol.names(config)}

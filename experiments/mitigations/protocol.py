@@ -3,11 +3,11 @@
 import dataclasses
 
 from experiments.protocol import arms, checks, inputs, settings
-from experiments.protocol.arms import Change
 from experiments.protocol.changes import CONTROLS
 from experiments.protocol.settings import Protocol
 from jaxpref.data.batches import Batch
 from jaxpref.training import mitigations
+from jaxpref.training.courses import Change
 from jaxpref.training.mitigations import contrast_mask
 from jaxpref.training.objectives import Objective, objective
 from jaxpref.training.pairset import Index, PairSet

@@ -1,8 +1,8 @@
-"""Training from one start by any loss, with one compiled program for all of them."""
+"""The arms of a comparison, the start that they share, and what is measured on the way."""
 
 import functools
 import hashlib
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,85 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from tqdm import tqdm
 
-from experiments.protocol import optimizers, running
+from experiments.protocol import inputs, running
 from experiments.protocol.settings import Labels, Parts, Protocol, split
-from jaxpref import gradients, runs
+from jaxpref import runs
 from jaxpref.data import batches
-from jaxpref.data.batches import Batch
-from jaxpref.logprobs import Scores
-from jaxpref.training.objectives import Objective, pull
-from jaxpref.training.pairset import PairSet, joined
-
-
-class Programs(NamedTuple):
-    """What a run compiles once: for all arms and seeds, a program for each sizes of a batch."""
-
-    step: Any  # (params, state, parts, loss, rate, is the first, gram) -> params, state, logp, pull
-    slope: Any  # (params, parts, loss's number, gram=None) -> gradient of the mean loss
-    losses: tuple[str, ...]
-    grams: Any  # (params, part) -> [pairs 2 2]
-    changed: frozenset[str]  # losses whose pulls are changed by the Gram of each pair
-
-    def gram(self, params: PyTree, parts: Sequence[Batch], loss: str) -> Any:
-        """``[pairs 2 2]`` of a batch, as `step` wants it: zeros for a loss that reads none."""
-        if loss in self.changed:
-            return jnp.concatenate([self.grams(params, part) for part in parts])
-        return np.zeros((sum(len(part.tokens) for part in parts), 2, 2), np.float32)
-
-
-Change = Callable[[Array, Array], Array]
-"""``(gram [pairs 2 2], pull [pairs 2]) -> pull``, of `jaxpref.training.mitigations`."""
-
-
-def programs(
-    optimizer: str, pairs: PairSet, objectives: Mapping[str, Objective],
-    changes: Mapping[str, Change] = MappingProxyType({}),
-) -> Programs:  # fmt: skip
-    """The loss is a number: its pull is tiny, and one backward pass carries it to parameters.
-
-    `changes` are of some of the losses, by name: what becomes of their pulls before that pass. The
-    Grams are of the parameters before the update, in a program of their own.
-    """
-    descend = optimizers.unit_optimizer(optimizer)
-
-    def pull_of(name, scores, batch, gram):
-        found = pull(objectives[name], scores, batch)
-        return changes[name](gram, found).astype(found.dtype) if name in changes else found
-
-    def gradient(params, parts, index, first, gram):
-        batch = joined(parts)
-        scores, back = jax.vjp(lambda p: pairs.score_parts(p, parts), params)
-        # At the start the policy is its own reference, and log-ratios are exactly zero.
-        logp = jnp.where(first, jnp.asarray(batch.reference, scores.logp.dtype), scores.logp)
-        slopes = [functools.partial(pull_of, name) for name in objectives]
-        pulls = jax.lax.switch(index, slopes, scores._replace(logp=logp), batch, gram)
-        mean = (pulls / len(pulls)).astype(logp.dtype)
-        (found,) = back(Scores(mean, jnp.zeros_like(scores.lengths)))
-        return (scores.logp, pulls), found
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, parts, index, rate, first, gram):
-        seen, found = gradient(params, parts, index, first, gram)
-        update, state = descend.update(found, state, params)
-        moved = jax.tree.map(lambda p, u: p + rate.astype(u.dtype) * u, params, update)
-        return moved, state, *seen
-
-    @jax.jit
-    def slope(params, parts, index, gram=None):
-        return gradient(params, parts, index, True, gram)[1]
-
-    own = functools.partial(grams, pairs)
-    return Programs(step, slope, tuple(objectives), own, frozenset(changes))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def grams(pairs: PairSet, params: PyTree, batch: Batch, metric: PyTree = None) -> Array:
-    """Inner products ``[pairs 2 2]`` of each pair's two gradients, plain or in a metric."""
-    found = gradients.pair_grams(pairs.logp, params, batch[:3], metric=metric, responses="together")
-    return found.gram
+from jaxpref.training import courses
+from jaxpref.training.courses import Change, Course, Programs
+from jaxpref.training.objectives import Objective
+from jaxpref.training.optimizers import unit_optimizer
+from jaxpref.training.pairset import PairSet
 
 
 class Arm(NamedTuple):
@@ -100,6 +33,12 @@ class Arm(NamedTuple):
     labels: Labels = "given"
     """By ``coin`` half of the pairs are shown the wrong way round, the same ones every time."""
     warmup: int = 0
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates of its updates, which rise to its own over the warm-up."""
+        rises = (min(1.0, (n + 1) / (self.warmup + 1)) for n in range(self.updates))
+        return tuple(self.rate * each for each in rises)
 
 
 # DPO and the two controls of every comparison: loss and labels.
@@ -124,109 +63,93 @@ def arm_of(config: Protocol, name: str, updates: int) -> Arm:
     return Arm(loss, updates, config.rate, labels, updates_of(config, config.warmup))
 
 
-def rate_at(arm: Arm, number: int) -> float:
-    """Learning rate of an update, from 0 on."""
-    return arm.rate * min(1.0, (number + 1) / (arm.warmup + 1))
+class Begun(NamedTuple):
+    """Where all arms of a seed begin."""
 
-
-def rates_of(arm: Arm) -> tuple[float, ...]:
-    """Of all its updates."""
-    return tuple(rate_at(arm, number) for number in range(arm.updates))
-
-
-class Course(NamedTuple):
-    """Which pairs an arm is shown when, and how."""
-
-    rows: np.ndarray  # of the data
-    batch: int
+    config: Protocol
+    run: Programs
+    params: PyTree
+    pairs: PairSet  # with the start's log-probabilities of all rows that are used
+    parts: Parts
     seed: int
-    swap: np.ndarray  # [pairs of the data], those shown the wrong way round
 
-    @classmethod
-    def of(
-        cls, config: Protocol, pairs: PairSet, rows: np.ndarray, labels: Labels, seed: int
-    ) -> "Course":
-        """By ``coin`` half of the pairs are shown the wrong way round, the same every time."""
-        coin = np.random.default_rng([seed, 16]).random(len(pairs)) < 0.5
-        return cls(rows, config.batch, seed, coin if labels == "coin" else np.zeros_like(coin))
+    @property
+    def probes(self) -> np.ndarray:
+        """Rows that are measured: trained ones first, then the unseen."""
+        return np.concatenate([self.parts.preference[: self.config.trained], self.parts.unseen])
 
-    def index(self, number: int) -> np.ndarray:
-        """Rows of an update, from 0 on."""
-        return self.rows[batches.order(len(self.rows), self.batch, self.seed, number)]
+    def on(self, rows: np.ndarray) -> "Begun":
+        """The same with these rows for the preference part."""
+        return self._replace(parts=self.parts._replace(preference=rows))
 
-    def parts(self, pairs: PairSet, number: int) -> tuple[Batch, ...]:
-        """Its batch, by length."""
-        return tuple(self._shown(part) for part in pairs.parts(self.index(number)))
+    def course(self, labels: Labels) -> Course:
+        """The preference part, in the order of the seed."""
+        course = Course(self.parts.preference, self.config.batch, self.seed)
+        coin = courses.coin(len(self.pairs), self.seed)
+        return course._replace(swapped=coin) if labels == "coin" else course
 
-    def _shown(self, batch: Batch) -> Batch:
-        names = ("tokens", "is_token", "is_response", "reference")
-        turned = {name: self.turned(getattr(batch, name), batch.index) for name in names}
-        return batch._replace(**turned)
-
-    def turned(self, x: Any, index: Any) -> np.ndarray:
-        """``[pairs 2 ...]`` with the responses of swapped pairs exchanged: there and back."""
-        x, swap = np.asarray(x), self.swap[np.asarray(index)]
-        return np.where(swap.reshape(-1, *[1] * (x.ndim - 1)), x[:, ::-1], x)
+    def look(self, names: Sequence[str] = ("lengths",)) -> dict[str, np.ndarray]:
+        """Of the probes at the start ``lengths``, and ``logp``, nats, ``[probes 2]``."""
+        found = {"lengths": self.pairs.lengths, "logp": self.pairs.known}
+        return {name: found[name][self.probes] for name in names}
 
 
-def train(
-    config: Protocol,
-    run: Programs,
-    pairs: PairSet,
-    params: PyTree,
-    rows: np.ndarray,
-    arm: Arm,
-    seed: int,
-    *,
-    name: str,
-    looks: Container[int],
-    look: Callable[[int, PyTree, PyTree], Any],
-) -> dict[str, np.ndarray]:
-    """Trains one arm.
+def starts(
+    config: Protocol, subject: inputs.Subject, pairs: PairSet, losses: Mapping[str, Objective],
+    folder: Path | None, changes: Mapping[str, Change] = MappingProxyType({}),
+) -> Callable[[int], Begun]:  # fmt: skip
+    """Of a seed its start, kept in the run's folder: for arms of these losses."""
+    run = courses.programs(pairs, losses, changes)
+    identity = identity_of(config, inputs.hashes(subject, pairs))
+    return lambda seed: begin(config, run, pairs, subject.params, seed, folder, identity)
 
-    Args:
-        config: Batch size and optimizer.
-        run: The programs.
-        pairs: With reference log-probabilities of `rows`.
-        params: The start.
-        rows: Pairs to train on.
-        arm: What is trained.
-        seed: Of the order and the coins.
-        name: For the progress bar.
-        looks: Numbers of updates after which `look` is called.
-        look: ``(updates done, parameters, optimizer's state)``.
 
-    Returns:
-        ``index [updates batch]``, the rows of each update; their log-probabilities *before* it,
-        ``seen [updates batch 2]``, and the pulls of its loss on them, ``pull [updates batch 2]``,
-        chosen first whatever was shown; ``diverged``, the update that met log-probabilities that
-        are not finite, or -1. From there on nothing is trained, nor looked at.
+def begin(
+    config: Protocol, run: Programs, pairs: PairSet, params: PyTree, seed: int,
+    folder: Path | None = None, identity: str = "",
+) -> Begun:  # fmt: skip
+    """The supervised model of a seed, read if a run's folder has it, and its log-probabilities."""
+    parts = split(config, pairs, seed)
+    file = folder / "starts" / f"{seed}.npz" if folder else None
+    if config.supervised_epochs and file and file.exists():
+        params = _read(file, params, identity)
+    elif config.supervised_epochs:
+        course = Course(parts.supervised, config.batch, seed)
+        rates = (config.supervised_rate,) * (config.supervised_epochs * course.epoch)
+        params = supervised(run, pairs, params, course, rates, config.optimizer)
+        if file:
+            file.parent.mkdir(exist_ok=True)
+            runs.save_arrays(file, {"identity": _letters(identity), **_leaves(params)})
+    used = np.concatenate([parts.preference, parts.unseen])
+    return Begun(config, run, params, pairs.referring_to(params, used), parts, seed)
+
+
+def supervised(
+    run: Programs, pairs: PairSet, params: PyTree, course: Course, rates: Sequence[float],
+    optimizer: str = "adam",
+) -> PyTree:  # fmt: skip
+    """Parameters after updates on chosen responses, by the loss ``sft``.
+
+    Raises:
+        ArithmeticError: They diverged.
     """
-    course = Course.of(config, pairs, rows, arm.labels, seed)
-    index = np.array([course.index(n) for n in range(arm.updates)])
-    seen, pulls = np.full((2, *index.shape, 2), np.nan, np.float32)
-    moving = jax.tree.map(jnp.copy, params)
-    state = optimizers.unit_optimizer(config.optimizer).init(moving)
-    loss = jnp.int32(run.losses.index(arm.loss))
-    for number in tqdm(range(arm.updates), f"{name}, seed {seed}", unit="update", leave=False):
-        parts, rate = course.parts(pairs, number), jnp.float32(rate_at(arm, number))
-        gram = run.gram(moving, parts, arm.loss)
-        first = jnp.bool_(number == 0)
-        moving, state, *found = run.step(moving, state, parts, loss, rate, first, gram)
-        order = np.concatenate([part.index for part in parts])
-        back = np.argsort(order)[np.argsort(np.argsort(index[number]))]
-        seen[number], pulls[number] = (course.turned(x, order)[back] for x in found)
-        if not np.isfinite(seen[number]).all():
-            return {"index": index, "seen": seen, "pull": pulls, "diverged": np.array(number)}
-        if number + 1 in looks:
-            look(number + 1, moving, state)
-    return {"index": index, "seen": seen, "pull": pulls, "diverged": np.array(-1)}
+    if not rates:
+        return params
+    unread = pairs.with_reference(np.zeros((len(pairs), 2), np.float32))
+    found = courses.train(
+        run, unread, params, course, "sft", rates, optimizer=unit_optimizer(optimizer),
+        title=f"supervised, seed {course.seed}",
+    )  # fmt: skip
+    if found.diverged >= 0:
+        raise ArithmeticError(
+            f"supervised_rate: at {max(rates):g} supervision of seed {course.seed} diverged,"
+            " expected a rate that trains"
+        )
+    return found.params
 
 
 def follow(
-    config: Protocol,
-    run: Programs,
-    begun: "Begun",
+    begun: Begun,
     arm: Arm,
     *,
     name: str,
@@ -239,10 +162,10 @@ def follow(
     It may be `shown` the pairs in another form, with its own references, in the same sizes.
 
     Returns:
-        What `train` does, and ``change [looks probes 2]`` of log-probabilities since the start, in
-        nats, NaN from where the arm diverged.
+        The arrays of `courses.Trained`, and ``change [looks probes 2]`` of log-probabilities since
+        the start, in nats, NaN from where the arm diverged.
     """
-    probes = probes_of(config, begun.parts)
+    probes = begun.probes
     before = begun.pairs.known[probes]
     change = np.full((len(looks), len(probes), 2), np.nan, np.float32)
 
@@ -250,62 +173,13 @@ def follow(
         change[looks.index(number)] = begun.pairs.logps(params, probes) - before
         also(number, params, state)
 
-    seen = train(
-        config, run, shown or begun.pairs, begun.params, begun.parts.preference, arm, begun.seed,
-        name=name, looks=looks, look=look,
+    found = courses.train(
+        begun.run, shown or begun.pairs, begun.params, begun.course(arm.labels), arm.loss,
+        arm.rates, optimizer=unit_optimizer(begun.config.optimizer), looks=looks, look=look,
+        title=f"{name}, seed {begun.seed}",
     )  # fmt: skip
+    seen = {key: np.asarray(x) for key, x in found._asdict().items() if key != "params"}
     return {"change": change, **seen}
-
-
-def probes_of(config: Protocol, parts: Parts) -> np.ndarray:
-    """Rows that are measured: trained ones first, then the unseen."""
-    return np.concatenate([parts.preference[: config.trained], parts.unseen])
-
-
-class Begun(NamedTuple):
-    """Where all arms of a seed begin."""
-
-    params: PyTree
-    pairs: PairSet  # with the start's log-probabilities of all rows that are used
-    parts: Parts
-    seed: int
-
-
-def begin(
-    config: Protocol, run: Programs, pairs: PairSet, params: PyTree, seed: int,
-    folder: Path | None, identity: str,
-) -> Begun:  # fmt: skip
-    """The supervised model of a seed, read if a run's folder has it, and its log-probabilities."""
-    parts = split(config, pairs, seed)
-    file = folder / "starts" / f"{seed}.npz" if folder else None
-    if config.supervised_epochs and file and file.exists():
-        params = _read(file, params, identity)
-    elif config.supervised_epochs:
-        params = _supervised(config, run, pairs, params, parts.supervised, seed)
-        if file:
-            file.parent.mkdir(exist_ok=True)
-            runs.save_arrays(file, {"identity": _letters(identity), **_leaves(params)})
-    used = np.concatenate([parts.preference, parts.unseen])
-    reference = np.full((len(pairs), 2), np.nan, np.float32)
-    reference[used] = pairs.logps(params, used)
-    return Begun(params, pairs.with_reference(reference), parts, seed)
-
-
-def _supervised(config: Protocol, run: Programs, pairs: PairSet, params: PyTree, rows: np.ndarray,
-                seed: int) -> PyTree:  # fmt: skip
-    updates = config.supervised_epochs * batches.steps_per_epoch(len(rows), config.batch)
-    arm, found = Arm("sft", updates, config.supervised_rate), []
-    zero = pairs.with_reference(np.zeros((len(pairs), 2), np.float32))
-    train(
-        config, run, zero, params, rows, arm, seed, name="supervised", looks={updates},
-        look=lambda number, trained, state: found.append(jax.tree.map(jnp.copy, trained)),
-    )  # fmt: skip
-    if not found:
-        raise ArithmeticError(
-            f"supervised_rate: at {config.supervised_rate:g} supervision of seed {seed} diverged,"
-            " expected a rate that trains"
-        )
-    return found[0]
 
 
 def identity_of(config: Protocol, hashes: Mapping[str, Any]) -> str:

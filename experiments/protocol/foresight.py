@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from experiments.protocol import arms, optimizers
-from experiments.protocol.settings import Protocol
+from experiments.protocol import arms
 from jaxpref import gradients
 from jaxpref.logprobs import token_moves
+from jaxpref.training.optimizers import DECAY, unit_optimizer
 from jaxpref.training.pairset import PairSet
 
 
@@ -47,16 +47,17 @@ class Foreseen(NamedTuple):
         return jax.tree.map(lambda d, g: -d * g, self.scale, self.mean)
 
 
-def foresee(config: Protocol, run: arms.Programs, begun: arms.Begun, arm: arms.Arm) -> Foreseen:
+def foresee(begun: arms.Begun, arm: arms.Arm) -> Foreseen:
     """One gradient for each batch of the arm, at the start: as much as the training itself."""
-    course = arms.Course.of(config, begun.pairs, begun.parts.preference, arm.labels, begun.seed)
-    rates, params, name = arms.rates_of(arm), begun.params, config.optimizer
+    course, run, params = begun.course(arm.labels), begun.run, begun.params
+    rates, name = arm.rates, begun.config.optimizer
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-    sums = zeros(), zeros(), optimizers.unit_optimizer(name).init(params), zeros()
-    share, loss = jnp.float32(1 / len(rates)), jnp.int32(run.losses.index(arm.loss))
+    sums = zeros(), zeros(), unit_optimizer(name).init(params), zeros()
+    share, loss, first = jnp.float32(1 / len(rates)), run.number(arm.loss), jnp.bool_(True)
     words = f"gradients at the start, seed {begun.seed}"
     for number, rate in enumerate(tqdm(rates, words, unit="batch", leave=False)):
-        gradient = run.slope(params, course.parts(begun.pairs, number), loss)
+        parts = course.parts(begun.pairs, number)
+        *_, gradient = run.slope(params, parts, loss, first, run.gram(params, parts, arm.loss))
         sums = _absorb(name, sums, params, gradient, jnp.float32(rate), share)
     mean, square, state, replay = sums
     return Foreseen(mean, square, state, replay, name, rates)
@@ -70,7 +71,7 @@ def _absorb(optimizer: str, sums, params, gradient, rate, share):
     def add(total, x, weight):
         return jax.tree.map(lambda t, v: t + weight * v, total, x)
 
-    update, state = optimizers.unit_optimizer(optimizer).update(gradient, state, params)
+    update, state = unit_optimizer(optimizer).update(gradient, state, params)
     squares = jax.tree.map(jnp.square, gradient)
     return add(mean, gradient, share), add(square, squares, share), state, add(replay, update, rate)
 
@@ -90,7 +91,7 @@ def scale_of(optimizer: str, square: PyTree, rates: Sequence[float]) -> PyTree:
 def _scale(optimizer: str, square: PyTree, rates: tuple[float, ...]) -> PyTree:
     if optimizer == "sgd":
         return jax.tree.map(lambda x: jnp.full_like(x, sum(rates)), square)
-    decay = optimizers.DECAY[optimizer]  # Adam corrects its bias, this RMSprop does not
+    decay = DECAY[optimizer]  # Adam corrects its bias, this RMSprop does not
     bias = [1.0 if optimizer == "adam" else (1 - decay ** (n + 1)) ** 0.5
             for n in range(len(rates))]  # fmt: skip
     total = sum(rate / b for rate, b in zip(rates, bias, strict=True))
@@ -102,7 +103,7 @@ def squares_of(optimizer: str, state: PyTree, updates: int) -> PyTree:
     if optimizer == "sgd":
         return state
     held = state.mean_square if optimizer == "rmsprop" else state[0].nu
-    weight = 1 - optimizers.DECAY[optimizer] ** updates
+    weight = 1 - DECAY[optimizer] ** updates
     return jax.tree.map(lambda v: v / weight, held)
 
 

@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from experiments.protocol import checks, inputs, optimizers
+from experiments.protocol import checks, inputs
 from jaxpref.data import files, sentiment
+from jaxpref.training.optimizers import Optimizer
 from jaxpref.training.pairset import PairSet
 
 Labels = Literal["given", "coin"]
@@ -28,7 +29,7 @@ class Protocol:
     supervised_epochs: int = 2
     """Epochs on chosen responses before, by the same optimizer."""
     supervised_rate: float = 1e-5
-    optimizer: optimizers.Optimizer = "adam"
+    optimizer: Optimizer = "adam"
     """None of them clips the gradient or decays weights."""
     rate: float = 5e-6
     """Learning rate of preference training, of all arms."""

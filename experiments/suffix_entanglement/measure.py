@@ -12,6 +12,7 @@ from experiments.protocol import arms, inputs
 from experiments.protocol.arms import ARMS
 from experiments.suffix_entanglement.protocol import Config, load, looks
 from jaxpref import logprobs
+from jaxpref.training.courses import grams, programs
 from jaxpref.training.objectives import objective
 from jaxpref.training.pairset import PairSet
 
@@ -32,16 +33,13 @@ def differing(pairs: PairSet, params, batch) -> jax.Array:
 
 def look(config: Config, begun: arms.Begun, params: PyTree, *, gram: bool) -> dict[str, np.ndarray]:
     """``differing [probes 2]``, and ``gram [grams 2 2]`` of the first unseen pairs."""
-    _, pairs, parts, _ = begun
-    todo = {"differing": (differing, arms.probes_of(config, parts))}
-    todo |= {"gram": (arms.grams, parts.unseen[: config.grams])} if gram else {}
+    pairs, todo = begun.pairs, {"differing": (differing, begun.probes)}
+    todo |= {"gram": (grams, begun.parts.unseen[: config.grams])} if gram else {}
     return {name: pairs.sweep(functools.partial(function, pairs, params), rows, batch=4)
             for name, (function, rows) in todo.items()}  # fmt: skip
 
 
-def course(
-    config: Config, run: arms.Programs, name: str, begun: arms.Begun
-) -> dict[str, np.ndarray]:
+def course(config: Config, name: str, begun: arms.Begun) -> dict[str, np.ndarray]:
     """One arm: what `arms.follow` gives and `look` sees, NaN from where it diverged."""
     numbers = looks(config)
     shapes = {"differing": (config.trained + config.unseen, 2)}
@@ -53,7 +51,7 @@ def course(
             found[key][numbers.index(number)] = value
 
     arm = arms.arm_of(config, name, numbers[-1])
-    return found | arms.follow(config, run, begun, arm, name=name, looks=numbers, also=also)
+    return found | arms.follow(begun, arm, name=name, looks=numbers, also=also)
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
@@ -64,18 +62,17 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     losses = {"dpo": objective("dpo"), "sft": objective("sft")}
     arrays = {}
     for text, (subject, pairs) in load(config).items():
-        compiled = arms.programs(config.optimizer, pairs, losses)
+        compiled = programs(pairs, losses)
 
         def begin(seed, pairs=pairs, params=subject.params, compiled=compiled):
             if config.model == "small":
                 params = inputs.open_model("small", seed=seed, scan=True).params
-            return arms.begin(config, compiled, pairs, params, seed, None, "")
+            return arms.begin(config, compiled, pairs, params, seed)
 
         def first(begun, text=text):
-            lengths = begun.pairs.lengths[arms.probes_of(config, begun.parts)]
-            found = {"lengths": lengths, **look(config, begun, begun.params, gram=True)}
+            found = {**begun.look(), **look(config, begun, begun.params, gram=True)}
             return {f"{text}_{name}": value for name, value in found.items()}
 
-        parts = {f"{text}_{n}": functools.partial(course, config, compiled, n) for n in ARMS}
+        parts = {f"{text}_{n}": functools.partial(course, config, n) for n in ARMS}
         arrays |= arms.over_seeds(config, folder, begin, (text, first), parts)
     return arrays

@@ -1,6 +1,7 @@
-"""Optimizers that optax does not have in the form a paper used."""
+"""Optimizers that optax does not have in the form a paper used, and some by name at rate 1."""
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 Scalar = float | int | Float[Array, ""]
+Optimizer = Literal["sgd", "rmsprop", "adam"]
+DECAY = {"sgd": None, "rmsprop": 0.99, "adam": 0.999}
+"""Of the running mean of squares, by an optimizer's name."""
 
 
 class MeanSquare(NamedTuple):
@@ -78,6 +82,30 @@ def torch_rmsprop(
         return jax.tree.map(descent, updates, v), MeanSquare(v)
 
     return optax.GradientTransformation(init, update)
+
+
+@functools.cache  # one object a name: a compiled program may depend on it
+def unit_optimizer(name: str) -> optax.GradientTransformation:
+    """An optimizer at learning rate 1: its update is to be multiplied with the learning rate.
+
+    So one compiled program serves all rates (`jaxpref.training.courses`). None of them clips the
+    gradient or decays weights.
+
+    Args:
+      name: ``sgd``, ``rmsprop`` (`torch_rmsprop`) or ``adam``.
+
+    Raises:
+      ValueError: another name.
+
+    >>> optimizer = unit_optimizer("sgd")
+    >>> print(optimizer.update(jnp.float32(3), optimizer.init(jnp.float32(0)))[0])
+    -3.0
+    """
+    if name not in DECAY:
+        raise ValueError(f"optimizer: got {name}, expected one of {', '.join(get_args(Optimizer))}")
+    if name == "adam":
+        return optax.adam(1.0, b2=DECAY["adam"])
+    return optax.sgd(1.0) if name == "sgd" else torch_rmsprop(1.0, decay=DECAY["rmsprop"])
 
 
 def _check(name: str, value: Scalar, *, below: float) -> None:

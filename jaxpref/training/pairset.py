@@ -243,6 +243,28 @@ class PairSet:
             raise ValueError(f"reference: got {reference.shape}, expected {(len(self), 2)}")
         return dataclasses.replace(self, reference=reference)
 
+    def referring_to(
+        self, params: PyTree, index: Index | None = None, *, batch: int = 8
+    ) -> "PairSet":
+        """The same pairs with these parameters for a reference, by batches.
+
+        Args:
+            params: The reference's.
+            index: Pairs that will be read; others get NaN. None is all.
+            batch: Pairs at a time.
+
+        >>> from jaxpref.models import tabular
+        >>> policy, params = tabular.softmax(jnp.log(jnp.array([[0.2, 0.8]])))
+        >>> pair = TokenPair((np.array([0, 1]), np.array([0, 0])), (1, 1), (False, False))
+        >>> PairSet.of(policy, [pair] * 2).referring_to(params, [1]).known.round(2).tolist()
+        [[nan, nan], [-0.22, -1.61]]
+        """
+        rows = np.arange(len(self)) if index is None else np.asarray(index)
+        found = self.logps(params, rows, batch=batch)
+        reference = np.full((len(self), 2), np.nan, found.dtype)
+        reference[rows] = found
+        return self.with_reference(reference)
+
 
 def joined(parts: Sequence[Batch]) -> Batch:
     """What losses read of a batch in parts, ``reference``, and ``index``; no tokens."""

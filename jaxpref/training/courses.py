@@ -1,0 +1,263 @@
+"""Trainings from one start on a data set of pairs, by any loss, with one program for all of them.
+
+Each says what it saw of every batch *before* its update, and is looked at where one asks::
+
+    run = programs(pairs, {"dpo": objective("dpo"), "sft": objective("sft")})
+    pairs = pairs.referring_to(params)
+    course, adam = Course(rows, batch=8, seed=0), unit_optimizer("adam")
+    rates = [5e-6] * course.epoch
+    found = train(run, pairs, params, course, "dpo", rates, optimizer=adam)
+
+In the first epoch ``found.seen`` is of pairs that were not trained on yet. A control is one line
+more: ``course._replace(swapped=coin(len(pairs), seed=0))``, or ``"sft"`` for ``"dpo"``.
+"""
+
+import functools
+from collections.abc import Callable, Container, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxpref import gradients
+from jaxpref.data import batches
+from jaxpref.data.batches import Batch
+from jaxpref.logprobs import Scores
+from jaxpref.training.objectives import Objective, pull
+from jaxpref.training.pairset import PairSet, joined
+
+Change = Callable[[Array, Array], Array]
+"""``(gram [pairs 2 2], pull [pairs 2]) -> pull``, as of `jaxpref.training.mitigations`."""
+
+
+class Programs(NamedTuple):
+    """What trainings on a set of pairs share; made by `programs`.
+
+    Attributes:
+        losses: Their names; a loss is its number in this order.
+        step: ``(optimizer, params, state, parts, loss, rate, scale, first, gram) -> params, state,
+            logp, pull``, an update that divides pulls by a scale. It uses up parameters and state.
+            On the `first`, the policy is its own reference and log-ratios are exactly zero.
+        slope: ``(params, parts, loss, first, gram) -> logp, pull, gradient of the mean loss``.
+        changed: Losses whose pulls are changed by the Gram of each pair.
+        grams: ``(params, part) -> [pairs 2 2]``.
+    """
+
+    losses: tuple[str, ...]
+    step: Any
+    slope: Any
+    changed: frozenset[str]
+    grams: Any
+
+    def number(self, loss: str) -> Int[Array, ""]:
+        """Of a loss, as `step` and `slope` take it."""
+        return jnp.int32(self.losses.index(loss))
+
+    def gram(self, params: PyTree, parts: Sequence[Batch], loss: str) -> Any:
+        """``[pairs 2 2]`` of a batch, as they want it: zeros for a loss that reads none."""
+        if loss in self.changed:
+            return jnp.concatenate([self.grams(params, part) for part in parts])
+        return np.zeros((sum(len(part.tokens) for part in parts), 2, 2), np.float32)
+
+
+def programs(
+    pairs: PairSet,
+    losses: Mapping[str, Objective],
+    changes: Mapping[str, Change] = MappingProxyType({}),
+) -> Programs:
+    """Compiled once for each sizes of a batch, whatever the loss, the rate and the seed.
+
+    The loss is a number: its pull is tiny, and one backward pass carries it to the parameters.
+
+    Args:
+        pairs: The set, or one with the same pairs.
+        losses: By name, of `jaxpref.training.objectives.objective` or like them.
+        changes: Of some of the losses, by name: what becomes of their pulls before that pass. The
+            Grams are of the parameters before the update, in a program of their own.
+    """
+
+    def pull_of(name, scores, batch, gram):
+        found = pull(losses[name], scores, batch)
+        return changes[name](gram, found).astype(found.dtype) if name in changes else found
+
+    def gradient(params, parts, index, scale, first, gram):
+        batch = joined(parts)
+        scores, back = jax.vjp(lambda p: pairs.score_parts(p, parts), params)
+        logp = jnp.where(first, jnp.asarray(batch.reference, scores.logp.dtype), scores.logp)
+        slopes = [functools.partial(pull_of, name) for name in losses]
+        pulls = jax.lax.switch(index, slopes, scores._replace(logp=logp), batch, gram)
+        mean = (pulls / jnp.asarray(scale, pulls.dtype) / len(pulls)).astype(logp.dtype)
+        (found,) = back(Scores(mean, jnp.zeros_like(scores.lengths)))
+        return scores.logp, pulls, found
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def step(optimizer, params, state, parts, index, rate, scale, first, gram):
+        *seen, found = gradient(params, parts, index, scale, first, gram)
+        return *_updated(optimizer, params, state, found, rate), *seen
+
+    @jax.jit
+    def slope(params, parts, index, first, gram):
+        return gradient(params, parts, index, 1.0, first, gram)
+
+    own = functools.partial(grams, pairs)
+    return Programs(tuple(losses), step, slope, frozenset(changes), own)
+
+
+def _updated(optimizer, params: PyTree, state: PyTree, gradient: PyTree, rate: Array) -> Any:
+    update, state = optimizer.update(gradient, state, params)
+    return jax.tree.map(lambda p, u: p + rate.astype(u.dtype) * u, params, update), state
+
+
+updated = jax.jit(_updated, static_argnums=0, donate_argnums=(1, 2))
+"""``(optimizer, params, state, gradient, rate) -> params, state`` after an update by this gradient.
+
+The optimizer has the learning rate 1. Parameters and state are used up.
+"""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def grams(
+    pairs: PairSet, params: PyTree, batch: Batch, metric: PyTree = None
+) -> Float[Array, "pairs 2 2"]:
+    """Inner products of each pair's two gradients, plain or in a metric, of a batch of `pairs`."""
+    found = gradients.pair_grams(pairs.logp, params, batch[:3], metric=metric, responses="together")
+    return found.gram
+
+
+class Course(NamedTuple):
+    """Which pairs are shown when, and which way round.
+
+    Attributes:
+        rows: Pairs that are trained on, as numbers in the set. Each epoch is a new order of them;
+            what is left after its last whole batch is left out.
+        batch: Pairs of an update.
+        seed: Of the order.
+        swapped: Pairs that are shown the wrong way round, the same ones every time.
+
+    >>> course = Course(np.array([4, 5, 6]), batch=1, seed=0)
+    >>> sorted(int(row) for n in range(course.epoch) for row in course.index(n))
+    [4, 5, 6]
+    """
+
+    rows: Int[np.ndarray, " rows"]
+    batch: int
+    seed: int
+    swapped: Int[np.ndarray, " swapped"] = np.zeros(0, np.int64)
+
+    @property
+    def epoch(self) -> int:
+        """Updates of an epoch."""
+        return batches.steps_per_epoch(len(self.rows), self.batch)
+
+    def index(self, number: int) -> Int[np.ndarray, " batch"]:
+        """Pairs of an update, from 0 on."""
+        return self.rows[batches.order(len(self.rows), self.batch, self.seed, number)]
+
+    def parts(self, pairs: PairSet, number: int) -> tuple[Batch, ...]:
+        """Its batch, by length."""
+        return tuple(self._shown(part) for part in pairs.parts(self.index(number)))
+
+    def _shown(self, batch: Batch) -> Batch:
+        names = ("tokens", "is_token", "is_response", "reference")
+        turned = {name: self.turned(getattr(batch, name), batch.index) for name in names}
+        return batch._replace(**turned)
+
+    def turned(self, x: Any, index: Any) -> np.ndarray:
+        """``[pairs 2 ...]`` of these pairs with the responses of swapped ones exchanged.
+
+        There and back: twice, it changes nothing.
+        """
+        x, swap = np.asarray(x), np.isin(index, self.swapped)
+        return np.where(swap.reshape(-1, *[1] * (x.ndim - 1)), x[:, ::-1], x)
+
+
+def coin(pairs: int, seed: int) -> Int[np.ndarray, " swapped"]:
+    """About half of so many pairs, each by a coin: the control that takes the preference away."""
+    return np.flatnonzero(np.random.default_rng([seed, 16]).random(pairs) < 0.5)
+
+
+class Trained(NamedTuple):
+    """What a training did.
+
+    Attributes:
+        params: After its last update.
+        index: Pairs of each update.
+        seen: Their log-probabilities *before* it, nats, chosen first whatever was shown.
+        pull: What the loss did to each of them then, chosen first.
+        diverged: The update that met log-probabilities that are not finite, or -1. From there on
+            nothing is trained, nor looked at, and numbers are NaN.
+    """
+
+    params: PyTree
+    index: Int[np.ndarray, "updates batch"]
+    seen: Float[np.ndarray, "updates batch 2"]
+    pull: Float[np.ndarray, "updates batch 2"]
+    diverged: Int[np.ndarray, ""] | int
+
+
+def train(
+    run: Programs,
+    pairs: PairSet,
+    params: PyTree,
+    course: Course,
+    loss: str,
+    rates: Sequence[float],
+    *,
+    optimizer: optax.GradientTransformation,
+    scale: float | int = 1.0,
+    looks: Container[int] = (),
+    look: Callable[[int, PyTree, PyTree], Any] = lambda updates, params, state: None,
+    title: str | None = None,
+) -> Trained:
+    """Trains on pairs by one of the losses.
+
+    Args:
+        run: The programs, of these pairs or of others in the same sizes.
+        pairs: With the log-probabilities of the start for a reference, of `course.rows` at least
+            (`PairSet.referring_to`).
+        params: The start; it is copied.
+        course: Which pairs are shown when.
+        loss: Its name in `run`.
+        rates: Learning rate of each update; there are as many updates.
+        optimizer: Of learning rate 1, such as `jaxpref.training.optimizers.unit_optimizer`.
+        scale: Pulls are divided by it; those that are told are not.
+        looks: Numbers of updates after which `look` is called.
+        look: ``(updates done, parameters, optimizer's state)``. These are used up by the next
+            update: copy what is to be kept.
+        title: Shows a bar with this title (needs tqdm).
+
+    Raises:
+        ValueError: No update.
+    """
+    if not len(rates):
+        raise ValueError("rates: got none, expected one for each update")
+    index = np.array([course.index(n) for n in range(len(rates))])
+    seen, pulls = np.full((2, *index.shape, 2), np.nan, np.float32)
+    moving, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
+    number, size = run.number(loss), jnp.float32(scale)
+    for n in _bar(len(rates), title):
+        parts, rate = course.parts(pairs, n), jnp.float32(rates[n])
+        gram = run.gram(moving, parts, loss)
+        moving, state, *found = run.step(
+            optimizer, moving, state, parts, number, rate, size, jnp.bool_(n == 0), gram
+        )
+        order = np.concatenate([part.index for part in parts])
+        back = np.argsort(order)[np.argsort(np.argsort(index[n]))]
+        seen[n], pulls[n] = (course.turned(x, order)[back] for x in found)
+        if not np.isfinite(seen[n]).all():
+            return Trained(moving, index, seen, pulls, np.array(n))
+        if n + 1 in looks:
+            look(n + 1, moving, state)
+    return Trained(moving, index, seen, pulls, np.array(-1))
+
+
+def _bar(updates: int, title: str | None):
+    if title is None:
+        return range(updates)
+    from tqdm import tqdm
+
+    return tqdm(range(updates), title, unit="update", leave=False)
