@@ -139,7 +139,7 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
         "as the rejected falls": ("black", (0, (3, 2))),
     }
     drawn = [Line2D([], [], color=c, ls=style, label=k) for k, (c, style) in lines.items()]
-    figure.legend(handles=drawn, loc="outside upper center", ncols=len(drawn), frameon=False)
+    figure.legend(handles=drawn, loc="outside upper center", ncols=len(drawn))
     figure.supxlabel(
         "change of the margin from where the policy is its reference, nats", fontsize=9
     )
@@ -163,7 +163,6 @@ def _panel(panel: Axes, margin: np.ndarray, pulls: np.ndarray, *, both: bool) ->
     panel.set_xticks([margin[0], 0, margin[-1]])
     panel.tick_params(labelsize=6, length=2, pad=1)
     panel.locator_params(axis="y", nbins=4)
-    panel.spines[["top", "right"]].set_visible(False)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from test_protocol import written
 from experiments import ches_percentiles as lab
 from experiments.ches_percentiles import measure, protocol
 from experiments.ches_percentiles.report import ordered
-from experiments.protocol import arms
+from experiments.protocol import arms, inputs
 from jaxpref.training import courses
 
 WORDS = ("tea", "milk", "rain today", "snow", "fish and bread", "salt", "the wind", "wood", "iron",
@@ -47,7 +47,7 @@ def begun(made):
     """Seed 1 as the run began it, from its folder."""
     config, folder, _ = made
     subject, pairs = protocol.load(config)
-    identity = arms.identity_of(config, protocol.hashes(config))
+    identity = arms.identity_of(config, inputs.hashes(*protocol.load(config)))
     return arms.begin(config, NOTHING, pairs, subject.params, 1, folder, identity)
 
 
@@ -237,4 +237,4 @@ def test_a_diverged_arm_is_reported_and_the_run_goes_on():
 )
 def test_bad_settings_are_named(made, change, said):
     with pytest.raises(ValueError, match=said):
-        lab.hashes(dataclasses.replace(made[0], **change))
+        lab.load(dataclasses.replace(made[0], **change))

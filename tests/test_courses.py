@@ -51,7 +51,8 @@ def slope(pairs, name, params, batch, swap):
     if name == "projected":
         rows = jax.jacrev(lambda p: turned(pairs.score(p, batch).logp))(params)
         flat = [x.reshape(*logp.shape, -1) for x in jax.tree.leaves(rows)]
-        pull = projected_pull(sum(jnp.einsum("nap,nbp->nab", x, x) for x in flat), pull)
+        gram = jnp.stack([jnp.einsum("nap,nbp->nab", x, x) for x in flat]).sum(axis=0)
+        pull = projected_pull(gram, pull)
     return back(pull / len(pull))[0], turned(logp), turned(pull)
 
 

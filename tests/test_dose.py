@@ -59,4 +59,4 @@ def test_the_least_dose_that_displaces_is_named():
 )
 def test_what_cannot_be_run_is_refused(made, change, said):
     with pytest.raises(ValueError, match=said):
-        lab.hashes(dataclasses.replace(made[0], **change))
+        lab.load(dataclasses.replace(made[0], **change))

@@ -116,7 +116,7 @@ def test_ratios_by_hand():
 )
 def test_what_cannot_be_run_is_refused_before_it_begins(made, change, said):
     with pytest.raises(ValueError, match=said):
-        lab.hashes(dataclasses.replace(made[0], **change))
+        lab.load(dataclasses.replace(made[0], **change))
 
 
 def test_the_verdict_names_what_fell():

@@ -101,9 +101,9 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 def test_the_horizon_is_always_looked_at(made):
     config, _, _ = made
     with pytest.raises(ValueError, match=r"epochs: got .0\.5, 2.*1 among them"):
-        lab.hashes(dataclasses.replace(config, epochs=(0.5, 2)))
+        lab.load(dataclasses.replace(config, epochs=(0.5, 2)))
     with pytest.raises(ValueError, match="grams: got 9, expected at most the 3 trained"):
-        lab.hashes(dataclasses.replace(config, grams=9))
+        lab.load(dataclasses.replace(config, grams=9))
 
 
 def test_what_the_model_says_can_be_read(made, monkeypatch, capsys):

@@ -306,4 +306,4 @@ def test_a_method_that_diverged_says_nothing_and_the_others_do():
 )
 def test_what_cannot_be_run_is_refused_before_it_begins(made, change, said):
     with pytest.raises(ValueError, match=said):
-        lab.hashes(dataclasses.replace(made[0], **change))
+        lab.load(dataclasses.replace(made[0], **change))

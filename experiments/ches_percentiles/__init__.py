@@ -17,7 +17,7 @@ from experiments.ches_percentiles.figure import draw as draw
 from experiments.ches_percentiles.measure import run as run
 from experiments.ches_percentiles.protocol import SMOKE as SMOKE
 from experiments.ches_percentiles.protocol import Config as Config
-from experiments.ches_percentiles.protocol import hashes as hashes
+from experiments.ches_percentiles.protocol import load as load
 from experiments.ches_percentiles.protocol import quantile_slice as quantile_slice
 from experiments.ches_percentiles.report import report as report
 from experiments.ches_percentiles.report import summarise as summarise

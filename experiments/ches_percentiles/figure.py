@@ -35,6 +35,5 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
             panel.set(title=f"{loss}: chosen responses of {which} pairs",
                       xlabel="percentile of the score that chose the trained pairs",
                       ylabel="change of log-probability (nats)")  # fmt: skip
-            panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return figure

@@ -96,8 +96,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     if config.subset % config.batch:
         raise ValueError(f"batch: got {config.batch}, expected a divisor of {config.subset} pairs")
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

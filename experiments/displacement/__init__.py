@@ -15,7 +15,7 @@ Source:  Yuan et al. (2024), https://arxiv.org/abs/2410.13828; Razin et al. (202
 from experiments.displacement.measure import run as run
 from experiments.displacement.protocol import SMOKE as SMOKE
 from experiments.displacement.protocol import Config as Config
-from experiments.displacement.protocol import hashes as hashes
+from experiments.displacement.protocol import load as load
 from experiments.displacement.report import draw as draw
 from experiments.displacement.report import report as report
 from experiments.displacement.report import summarise as summarise

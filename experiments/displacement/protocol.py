@@ -37,8 +37,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     checks.at_least(1, config, "epochs")
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

@@ -110,7 +110,7 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     left.axhline(0, color="black", lw=0.6)
     left.set(title="preferred answers that were not trained on", xlabel="updates",
              ylabel="change of log-probability (nats)")  # fmt: skip
-    left.legend(frameon=False)
+    left.legend()
     expected = arrays["forecast"][..., 0].ravel()
     measured = of_set(config, arrays["dpo_change"][:, -1, :, 0], "unseen").ravel()
     ends = [min(expected.min(), measured.min()), max(expected.max(), measured.max())]
@@ -120,6 +120,4 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     right.axvline(0, color="black", lw=0.3)
     right.set(title="each a preferred answer", xlabel="foretold before the training (nats)",
               ylabel="measured after it (nats)")  # fmt: skip
-    for panel in (left, right):
-        panel.spines[["top", "right"]].set_visible(False)
     return figure

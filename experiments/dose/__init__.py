@@ -14,6 +14,6 @@ from experiments.dose.figure import draw as draw
 from experiments.dose.measure import run as run
 from experiments.dose.protocol import SMOKE as SMOKE
 from experiments.dose.protocol import Config as Config
-from experiments.dose.protocol import hashes as hashes
+from experiments.dose.protocol import load as load
 from experiments.dose.report import report as report
 from experiments.dose.report import summarise as summarise

@@ -1,11 +1,9 @@
 """The command line."""
 
-import functools
-
 import experiments.dose as lab
 from experiments.protocol import running
 
-main = functools.partial(running.command_of, lab)
+main = running.command_of(lab)
 
 if __name__ == "__main__":
     main()

@@ -64,8 +64,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     if min(config.rates) <= 0 or min(config.starts) < 0 or not looks(config):
         raise ValueError("rates, starts, epochs: expected rates and epochs above 0, starts from 0")
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

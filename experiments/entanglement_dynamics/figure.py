@@ -32,8 +32,7 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
             panel.axhline(0, color="black", lw=0.5)
             panel.set(title=f"{side} responses of {which} pairs", xlabel="updates",
                       ylabel="change of log-probability (nats)")  # fmt: skip
-            panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 1].legend(frameon=False, fontsize=8, ncols=2)
+    axes[0, 1].legend(fontsize=8, ncols=2)
     _ratio(axes[0, 2], config, arrays, rows, style, "unseen_chosen", "after one epoch")
     _ratio(axes[1, 2], config, arrays, rows, style, "matched", "at equal margin")
     return figure
@@ -57,4 +56,3 @@ def _ratio(panel, config, arrays, rows, style, field, words) -> None:
     panel.set(title=f"unseen chosen {words}",
               xlabel="pull ratio at the start (right edge: infinite)",
               ylabel="nats (95 %)")  # fmt: skip
-    panel.spines[["top", "right"]].set_visible(False)

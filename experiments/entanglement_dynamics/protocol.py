@@ -67,8 +67,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
             " above 0 with 1 among the first"
         )
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

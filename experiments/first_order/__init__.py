@@ -21,7 +21,6 @@ from experiments.first_order.measure import run as run
 from experiments.first_order.protocol import SMOKE as SMOKE
 from experiments.first_order.protocol import Config as Config
 from experiments.first_order.protocol import Part as Part
-from experiments.first_order.protocol import hashes as hashes
 from experiments.first_order.protocol import load as load
 from experiments.first_order.protocol import parts as parts
 from experiments.first_order.protocol import rates_of as rates_of

@@ -45,10 +45,8 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
         panel.set_xlabel("predicted change of log-probability (nats)")
         panel.set_ylabel("measured change (nats)")
         if k == 0:
-            panel.legend(frameon=False, fontsize=8)
+            panel.legend(fontsize=8)
         _draw_reach(axes[1, k], config, mine, legend=k == 0)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -70,4 +68,4 @@ def _draw_reach(panel, config: Config, rows: Sequence[Mapping[str, Any]], *, leg
     panel.set_xlabel("learning rate")
     panel.set_ylabel("R² of the prediction (below -1 drawn at -1)")
     if legend:
-        panel.legend(frameon=False, fontsize=8, loc="lower left")
+        panel.legend(fontsize=8, loc="lower left")

@@ -1,6 +1,7 @@
 """The settings, the parts of a run, and the pairs."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from jaxpref.training.pairset import PairSet
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(inputs.Source):
     """All that decides the numbers."""
 
     optimizers: tuple[Optimizer, ...] = ("sgd", "rmsprop", "adam")
@@ -37,19 +38,7 @@ class Config:
     supervised: int = 0
     """Updates of Adam on the chosen responses before, at `supervised_rate`."""
     supervised_rate: float = 1e-3
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
-    data: str | None = None
-    """A JSONL file of pairs; by default the shipped ones."""
-    bad: inputs.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
     end: str = "none"
-    """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = inputs.DATE
-    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -78,6 +67,7 @@ def rates_of(config: Config, optimizer: str) -> tuple[float, ...]:
     return tuple(sorted(getattr(config, f"{optimizer}_rates")))
 
 
+@functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     checks.at_least(1, config, "pairs", "steps", "seeds", "limit")
@@ -96,8 +86,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     checks.enough("pairs", drawn, len(pairs))
     skipped = (*found.faults, *counts.faults)
     return subject, PairSet.of(subject.policy, pairs, quantiles=(1.0,), skipped=skipped)
-
-
-def hashes(config: Config) -> dict[str, str]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

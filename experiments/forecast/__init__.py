@@ -16,6 +16,6 @@ from experiments.forecast.figure import draw as draw
 from experiments.forecast.measure import run as run
 from experiments.forecast.protocol import SMOKE as SMOKE
 from experiments.forecast.protocol import Config as Config
-from experiments.forecast.protocol import hashes as hashes
+from experiments.forecast.protocol import load as load
 from experiments.forecast.report import report as report
 from experiments.forecast.summary import summarise as summarise

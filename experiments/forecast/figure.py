@@ -24,8 +24,6 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     _areas(axes[1, 0], rows)
     _made_of(axes[1, 1], rows)
     _mass(axes[1, 2], rows)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -43,7 +41,7 @@ def _course(panel: Axes, rows: list, which: str, side: str) -> None:
     panel.axhline(0, color="black", lw=0.6)
     panel.set(title=f"{side} responses of {which} pairs", xlabel="updates",
               ylabel="change of log-probability (nats)")  # fmt: skip
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(fontsize=8)
 
 
 def _scatter(panel: Axes, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
@@ -60,7 +58,7 @@ def _scatter(panel: Axes, config: Config, arrays: Mapping[str, np.ndarray]) -> N
     panel.set(title="unseen chosen responses, each a point",
               xlabel="forecast before training (nats)",
               ylabel=f"measured after {updates} updates (nats)")  # fmt: skip
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(fontsize=8)
 
 
 def _areas(panel: Axes, rows: list) -> None:
@@ -75,7 +73,7 @@ def _areas(panel: Axes, rows: list) -> None:
     panel.set_yticks(list(place.values()), list(place), fontsize=8)
     panel.set(title="who foresees which chosen responses fall", xlabel="area under ROC (95 %)",
               xlim=(0, 1.02))  # fmt: skip
-    panel.legend(frameon=False, fontsize=8, loc="lower left")
+    panel.legend(fontsize=8, loc="lower left")
 
 
 def _made_of(panel: Axes, rows: list) -> None:
@@ -93,7 +91,7 @@ def _made_of(panel: Axes, rows: list) -> None:
     panel.axhline(0, color="black", lw=0.6)
     panel.set_xticks(range(len(some)), [f"{r['arm']}\n{r['set']}" for r in some], fontsize=8)
     panel.set(title="what an epoch's change of the chosen is made of", ylabel="nats")
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(fontsize=8)
 
 
 def _mass(panel: Axes, rows: list) -> None:
@@ -107,4 +105,4 @@ def _mass(panel: Axes, rows: list) -> None:
     panel.set_yticks([-i for i in range(len(kinds))], kinds, fontsize=8)
     panel.set(title="responses of every kind to unseen prompts", xlabel="change a token (nats)")
     panel.locator_params(axis="x", nbins=6)
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(fontsize=8)

@@ -65,8 +65,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
             f"epochs: got {config.epochs}, expected positive numbers with 1 among them"
         )
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

@@ -34,7 +34,6 @@ from experiments.loss_comparison.protocol import FAMILIES as FAMILIES
 from experiments.loss_comparison.protocol import SMOKE as SMOKE
 from experiments.loss_comparison.protocol import Config as Config
 from experiments.loss_comparison.protocol import family as family
-from experiments.loss_comparison.protocol import hashes as hashes
 from experiments.loss_comparison.protocol import load as load
 from experiments.loss_comparison.protocol import look_steps as look_steps
 from experiments.loss_comparison.protocol import names as names

@@ -40,8 +40,6 @@ def draw(config: Config, arrays: running.Arrays) -> Figure:
     _draw_courses(config, arrays, panels[0])
     _draw_frontier(panels[1], rows)
     _draw_foreseen(panels[2], rows)
-    for panel in figure.get_axes():
-        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -68,7 +66,7 @@ def _draw_changes(panel: Axes, rows, places) -> None:
     panel.set_yticks(places, words, fontsize=8)
     panel.set_ylim(max(places) + 0.8, -0.8)
     panel.set_xlabel("change of log-probability, test pairs (nats)")
-    panel.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    panel.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _draw_regimes(panel: Axes, rows, places) -> None:
@@ -84,7 +82,7 @@ def _draw_regimes(panel: Axes, rows, places) -> None:
             left += share
     panel.tick_params(labelleft=False, left=False)
     panel.set_xlabel("training pairs (%):\nmeasured above, predicted below")
-    panel.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(-0.1, 1))
+    panel.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(-0.1, 1))
 
 
 def _draw_courses(config: Config, arrays: running.Arrays, panel: Axes) -> None:
@@ -100,7 +98,7 @@ def _draw_courses(config: Config, arrays: running.Arrays, panel: Axes) -> None:
     panel.set_xticks(arrays["step"])
     panel.set_xlabel("updates")
     panel.set_ylabel("change of log-probability,\ntest pairs (nats); a line a loss")
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(fontsize=8)
 
 
 def _draw_frontier(panel: Axes, rows) -> None:
@@ -129,7 +127,7 @@ def _scatter(panel: Axes, rows, x: np.ndarray, y: np.ndarray) -> None:
         if at:
             panel.scatter(x[at], y[at], color=colours[i % 10], s=24, alpha=0.8,
                           label=family.replace("_", " "))  # fmt: skip
-    panel.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
     if known.size < 2:
         return

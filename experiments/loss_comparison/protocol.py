@@ -1,6 +1,7 @@
 """The settings, and the pairs they are shown."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -18,7 +19,7 @@ FAMILIES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(inputs.Source):
     """All that decides the numbers; hyperparameters of the losses are their defaults."""
 
     losses: tuple[str, ...] = ()
@@ -44,19 +45,7 @@ class Config:
     supervised_rate: float = 1e-3
     limit: int = 28
     """Most tokens of prompt and response; longer pairs are not used."""
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
-    data: str | None = None
-    """A JSONL file of pairs or of HH-RLHF, also packed (.gz); by default the shipped pairs."""
-    bad: inputs.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
     end: str = "none"
-    """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = inputs.DATE
-    """Today, for a chat template that asks."""
 
 
 SMOKE = Config(
@@ -112,6 +101,7 @@ def _check(config: Config) -> None:
         raise ValueError(f"losses: got {config.losses}, expected names, each once")
 
 
+@functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run.
 
@@ -130,8 +120,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     skipped = (*found.faults, *counts.faults)
     some = [usable[i] for i in pool]
     return subject, PairSet.of(subject.policy, some, quantiles=(1.0,), skipped=skipped)
-
-
-def hashes(config: Config) -> dict[str, str]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

@@ -18,6 +18,6 @@ from experiments.mitigations.figure import draw as draw
 from experiments.mitigations.measure import run as run
 from experiments.mitigations.protocol import SMOKE as SMOKE
 from experiments.mitigations.protocol import Config as Config
-from experiments.mitigations.protocol import hashes as hashes
+from experiments.mitigations.protocol import load as load
 from experiments.mitigations.report import report as report
 from experiments.mitigations.summary import summarise as summarise

@@ -33,11 +33,10 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
         label = "KL to the start (nats a token)" if field == "kl" else "chosen, change (nats)"
         panel.axhline(0, color="black", lw=0.5)
         panel.set(title=title, xlabel=f"margin since the start, {which} pairs (nats)", ylabel=label)
-        panel.spines[["top", "right"]].set_visible(False)
     margin = courses(config, arrays, "dpo", "unseen")["margin"]
     each = zip(margin, places(config, arrays, "dpo"), strict=True)
     level = np.mean([between(x, place) for x, place in each])
     for panel in axes[[0, 2]]:
         panel.axvline(level, color="black", lw=0.6, ls=":")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure

@@ -119,8 +119,3 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     checks.above(0, config, "beta")
     checks.at_least(0, config, "sft_weight")
     return settings.load(config)
-
-
-def hashes(config: Config) -> dict[str, object]:
-    """Of model and data, for the provenance."""
-    return inputs.hashes(*load(config))

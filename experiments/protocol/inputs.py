@@ -1,5 +1,6 @@
 """A model to look at, and the pairs of a run."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -31,6 +32,25 @@ Bad = Literal["error", "skip"]
 
 DATE = str(chat.DATE)
 """Today, as far as chat templates know."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Of a run's model and pairs, as flags of a command line."""
+
+    model: str | None = None
+    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
+    data: str | None = None
+    """A file of pairs, also of HH-RLHF and packed (.gz); by default the shipped pairs."""
+    bad: Bad = "error"
+    """A row of the data that cannot be used: an error, or left out, counted and named."""
+    columns: str = ""
+    """The data's own names of columns, ``chosen=good,rejected=bad``."""
+    end: str = "eos"
+    """What closes a response that neither its template nor its text closes: a token's text or id,
+    ``eos``, or ``none``."""
+    date: str = DATE
+    """Today, for a chat template that asks."""
 
 
 def read(config: Any) -> files.Found:

@@ -9,16 +9,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from experiments.protocol import checks
+from experiments.protocol import checks, inputs
 from jaxpref import runs
 from jaxpref.data import hub
 from jaxpref.score import command as line
 
 Arrays = Mapping[str, np.ndarray]
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+"""Of all figures."""
 
 
 def kept(folder: Path | None, name: str, make: Callable[[], Arrays]) -> dict[str, np.ndarray]:
@@ -115,14 +118,23 @@ def command(
         lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]
         run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
         print(report(settings, rows))
-        print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
+        with plt.rc_context(STYLE):
+            print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")
         line.tell("skipped", made_of.get("skipped", ()))
 
 
-def command_of(lab: ModuleType) -> None:
-    """`command` of an experiment that is a folder, from what its package exports."""
-    optional = {"metrics": lab.metrics} if hasattr(lab, "metrics") else {}
-    command(
-        lab.__name__.rpartition(".")[2], lab.Config, description=lab.__doc__, hashes=lab.hashes,
-        run=lab.run, summarise=lab.summarise, report=lab.report, draw=lab.draw, **optional,
-    )  # fmt: skip
+def command_of(lab: ModuleType) -> Callable[[], None]:
+    """`command` of an experiment that is a folder, from what its package exports.
+
+    Where that has no ``hashes``, they are of the model and the pairs of its ``load``.
+    """
+
+    def main() -> None:
+        optional = {"metrics": lab.metrics} if hasattr(lab, "metrics") else {}
+        hashes = getattr(lab, "hashes", lambda config: inputs.hashes(*lab.load(config)))
+        command(
+            lab.__name__.rpartition(".")[2], lab.Config, description=lab.__doc__, hashes=hashes,
+            run=lab.run, summarise=lab.summarise, report=lab.report, draw=lab.draw, **optional,
+        )  # fmt: skip
+
+    return main

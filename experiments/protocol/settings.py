@@ -1,6 +1,7 @@
 """What all experiments that train on pairs have in common, as flags of a command line."""
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ Labels = Literal["given", "coin"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
+class Protocol(inputs.Source):
     """All that decides the numbers of a training on pairs."""
 
     pairs: int = 64
@@ -43,21 +44,10 @@ class Protocol:
     """Of the bootstrap over seeds, and pairs in them."""
     limit: int = 80
     """Most tokens of prompt and response; longer pairs are not used."""
-    model: str | None = None
-    """A Hugging Face folder or a GGUF file, or `small` for a random decoder; by default SmolLM2."""
     data: str | None = None
     """A file of pairs, also of HH-RLHF and packed (.gz), or a sentiment set, `single`, `short` or
     `long`, whose responses share no, a short or a long text after one label; by default the
     shipped pairs."""
-    bad: inputs.Bad = "error"
-    """A row of the data that cannot be used: an error, or left out, counted and named."""
-    columns: str = ""
-    """The data's own names of columns, ``chosen=good,rejected=bad``."""
-    end: str = "eos"
-    """What closes a response that neither its template nor its text closes: a token's text or id,
-    ``eos``, or ``none``."""
-    date: str = inputs.DATE
-    """Today, for a chat template that asks."""
 
 
 class Parts(NamedTuple):
@@ -79,6 +69,7 @@ def check(config: Protocol) -> None:
             raise ValueError(f"{name}: got {value}, expected at most the {config.pairs} pairs")
 
 
+@functools.lru_cache(maxsize=4)  # a run asks for it twice: for its hash, and to train
 def load(config: Protocol) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     check(config)

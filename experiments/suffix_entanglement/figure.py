@@ -30,16 +30,15 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
             _line(panel, [BEFORE, *some], "chosen", COLOURS[arm], label, dash)
         panel.set(title=f"{text}: unseen chosen responses")
     axes[0].set_ylabel("change of log-probability (nats)")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(fontsize=8)
     for text in texts:
         some = [r for r in rows if (r["table"], r.get("text")) == ("gradients", text)]
         _line(axes[-1], some, "cosine", SHADES[text], text)
     axes[-1].set(title="unseen pairs: cosine of the two gradients", ylim=(-1.05, 1.05))
-    axes[-1].legend(frameon=False, fontsize=8)
+    axes[-1].legend(fontsize=8)
     for panel in axes:
         panel.axhline(0, color="black", lw=0.6)
         panel.set(xlabel="updates")
-        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 

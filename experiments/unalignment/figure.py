@@ -28,8 +28,6 @@ def draw(config: Config, arrays: running.Arrays) -> Figure:
     ):
         _draw_changes(panel, rows[2:], places[2:], lines)
         panel.set_xlabel(f"log-probability of {words},\nmean change since the start (nats)")
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee", lw=0.8)
         panel.set_axisbelow(True)
     return figure
@@ -49,7 +47,7 @@ def _draw_rates(panel, rows, places) -> None:
     panel.plot(bad, places, "x", color="black", ms=4, label="degenerate text")
     panel.set_xlim(-0.03, 1.03)
     panel.set_xlabel("share of prompts, 95 % interval over seeds and prompts\n(dotted: the start)")
-    panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def _draw_changes(panel, arms, places, lines) -> None:
@@ -57,4 +55,4 @@ def _draw_changes(panel, arms, places, lines) -> None:
         panel.plot([r[name] for r in arms], places, marker, color=colour, ms=4, label=name)
         panel.hlines(places, *np.array([r[f"{name}_95"] for r in arms]).T, color=colour, lw=1)
     panel.axvline(0, color="black", lw=0.6)
-    panel.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from experiments.protocol import running
-from experiments.protocol.intervals import clustered
+from experiments.protocol.intervals import clustered, mean_of_known
 from experiments.unalignment import judge, pairs
 from experiments.unalignment.judge import Label
 from experiments.unalignment.protocol import CONTROLS, FILTER, RULES, TYPES, Arm, Config, arms
@@ -15,17 +15,10 @@ from experiments.unalignment.protocol import CONTROLS, FILTER, RULES, TYPES, Arm
 DIVERGED = ""  # the label of what no model said
 
 
-def known_mean(x: np.ndarray) -> np.ndarray:
-    """Mean along the last axis of what is a number; NaN where nothing is."""
-    there = ~np.isnan(x)
-    with np.errstate(invalid="ignore"):
-        return np.where(there, x, 0).sum(axis=-1) / there.sum(axis=-1)
-
-
 def about(config: Config, name: str, x: np.ndarray) -> dict[str, Any]:
     """The mean of ``[seeds items]``, and its interval over seeds and items."""
-    value = float(known_mean(x.reshape(1, -1))[0])
-    return {name: value, f"{name}_95": clustered(known_mean, [x], config.resamples)}
+    value = float(mean_of_known(x.reshape(1, -1))[0])
+    return {name: value, f"{name}_95": clustered(mean_of_known, [x], config.resamples)}
 
 
 def accuracy(part: str) -> dict[str, Any]:
@@ -76,7 +69,7 @@ def texts_row(config: Config, texts: np.ndarray, labels: np.ndarray) -> dict[str
         "degenerate": shares(labels, "degenerate").ravel(),
         "same": [judge.sameness(run) for run in said],
     }
-    return row | {name: float(known_mean(np.array(x))) for name, x in found.items()}
+    return row | {name: float(mean_of_known(np.array(x))) for name, x in found.items()}
 
 
 def moved(arrays: running.Arrays, runs: Sequence[int], name: str) -> np.ndarray:
@@ -95,7 +88,7 @@ def arm_row(
         "runs": diverged.size, "diverged": int(diverged.sum()),
         "pairs": float(trained.sum(axis=-1).mean()),
         "updates": float(arrays["updates"][:, runs].mean()),
-        "one_of_each": float(known_mean(np.where(trained, mixed, np.nan).ravel())),
+        "one_of_each": float(mean_of_known(np.where(trained, mixed, np.nan).ravel())),
         **texts_row(config, arrays["texts"][:, runs], labels[:, runs]),
     }  # fmt: skip
     gold = arm.rule == "gold"
