@@ -12,7 +12,7 @@ import pytest
 from jaxpref import gradients, losses
 from jaxpref.data.batches import Batch
 from jaxpref.logprobs import shared_prompt_scores, token_logprobs
-from jaxpref.models import decoder, sampling
+from jaxpref.models import decoder, lora, sampling
 from jaxpref.training.step import init_state, make_step
 
 CONFIG = decoder.DecoderConfig(
@@ -76,6 +76,17 @@ def test_a_faster_precision_is_a_choice_and_leaves_the_head_alone():
     faster = found.count(("DEFAULT", "DEFAULT"))
     assert faster + found.count(("HIGHEST", "HIGHEST")) == len(found)
     assert 0 < faster < len(found)
+
+
+def test_products_of_adapters_name_their_precision_too():
+    policy, shapes = decoder.abstract(CONFIG)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    adapters = lora.draw(params, rank=2, key=jax.random.key(0))
+    adapted, batch = lora.attach(policy, params, alpha=2), pairs()
+    slope = jax.jit(jax.grad(lambda p: score(adapted, p, batch).logp.sum()))
+    found = [pair for (pair,) in precisions(slope.lower(adapters))]
+    assert set(found) == {("HIGHEST", "HIGHEST")}
+    assert len(found) > 3 * len(adapters)
 
 
 def test_another_word_is_refused():

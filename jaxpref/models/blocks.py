@@ -2,13 +2,13 @@
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, Num
 
 if TYPE_CHECKING:
     from jaxpref.models.decoder import DecoderConfig
@@ -104,8 +104,46 @@ class Norm(nnx.Module):
         return x.astype(self.dtype)
 
 
+class LowRank(NamedTuple):
+    """A kernel and the adapter beside it, in the kernel's place: see `jaxpref.models.lora`.
+
+    Attributes:
+        kernel: ``[in out]``.
+        a: ``[in rank]``.
+        b: ``[rank out]``.
+        scale: Of the product of both.
+        key: Draws the entries of the input that `a` does not see; None drops nothing.
+        kept: Share of those that it sees.
+    """
+
+    kernel: Float[Array, "... inputs outputs"]
+    a: Float[Array, "... inputs rank"]
+    b: Float[Array, "... rank outputs"]
+    scale: Float[Array, "..."]
+    key: Key[Array, "..."] | None = None
+    kept: Float[Array, "..."] | None = None
+
+
+def product(
+    x: Float[Array, "tokens inputs"], kernel: Array | LowRank, dtype, precision: str
+) -> Float[Array, "tokens outputs"]:
+    """``x @ kernel``, and ``scale * (x @ a) @ b``: never a kernel that is their sum."""
+
+    def times(x, matrix):
+        return jnp.matmul(x, matrix.astype(dtype), precision=precision)
+
+    if not isinstance(kernel, LowRank):
+        return times(x, kernel)
+    seen = x
+    if kernel.key is not None and kernel.kept is not None:
+        kept = jax.random.bernoulli(kernel.key, kernel.kept, x.shape)
+        seen = jnp.where(kept, x / kernel.kept.astype(x.dtype), jnp.zeros_like(x))
+    added = times(times(seen, kernel.a), kernel.b)
+    return times(x, kernel.kernel) + kernel.scale.astype(dtype) * added
+
+
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` on the last axis."""
+    """``x @ kernel + bias`` on the last axis; the kernel may be a `LowRank`."""
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, rngs, dtype, param_dtype, precision
@@ -119,8 +157,8 @@ class Linear(nnx.Module):
         """One matrix product over all tokens of the batch."""
         # One axis of tokens: with two, XLA writes a transposed copy of the kernel's cotangent.
         tokens = x.reshape(-1, x.shape[-1])
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.matmul(tokens, kernel, precision=self.precision).reshape(*x.shape[:-1], -1)
+        y = product(tokens, self.kernel.get_value(), self.dtype, self.precision)
+        y = y.reshape(*x.shape[:-1], -1)
         return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y
 
 
