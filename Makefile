@@ -57,7 +57,8 @@ compile-checks: pyproject.toml
 	$(COMPILERS) -m pip install --quiet --editable '.[models]' libtpu
 	version=$$($(COMPILERS) -c 'import jax; print(jax.__version__)') && $(COMPILERS) -m pip install \
 	  --quiet --no-deps jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12 nvidia-cudnn-cu12
-	TPU_LIBRARY_PATH=$$($(COMPILERS) -c 'import libtpu; print(libtpu.get_library_path())') \
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_ACCELERATOR_TYPE=v5litepod-16 TPU_WORKER_ID=0 \
+	  TPU_WORKER_HOSTNAMES=localhost TPU_LIBRARY_PATH=$$($(COMPILERS) -c 'import libtpu; print(libtpu.get_library_path())') \
 	  $(COMPILERS) -m benchmarks.compile_checks
 
 # The tables of docs/losses.md, from the code.

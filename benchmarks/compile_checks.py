@@ -11,20 +11,11 @@ import argparse
 import functools
 import json
 import math
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# libtpu asks who it is before it compiles for another.
-for name, value in {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-}.items():  # fmt: skip
-    os.environ.setdefault(name, value)
 
 import jax
 import jax.numpy as jnp
