@@ -72,6 +72,10 @@ def test_a_training_is_the_loss_s_own(model, made, name, optimizer, swapped, sca
     assert sorted(found.index[:2].ravel()) != sorted(found.index[1:].ravel())
     assert len(course.parts(pairs, 0)) + len(course.parts(pairs, 1)) > 2  # of two sizes
     params, state = model[1], unit.init(model[1])
+    known = pairs.known[found.index[0]]
+    np.testing.assert_array_less(
+        np.abs(found.seen[0] - known), 1e-5 * pairs.lengths[found.index[0]]
+    )
     for number, (rows, rate) in enumerate(zip(found.index, RATES, strict=True)):
         swap = np.isin(rows, swapped)
         gradient, seen, pull = slope(pairs, name, params, pairs.rows(rows), swap)
@@ -85,6 +89,25 @@ def test_a_training_is_the_loss_s_own(model, made, name, optimizer, swapped, sca
     assert kept.keys() == {1}
     near(found.params, params, model[1])
     assert found.diverged == -1
+
+
+@pytest.mark.parametrize("swapped", [(), (2, 5)])
+def test_log_ratios_of_the_first_update_are_exactly_zero(model, made, swapped, monkeypatch):
+    """Of DPO and IPO the pull at zero is known; a reference of another program is off, and told."""
+    pairs, run = made
+    course, sgd = Course(ROWS, 2, 0, np.array(swapped, int)), unit_optimizer("sgd")
+    for name, steep in (("dpo", LOSSES["dpo"]), ("ipo", LOSSES["ipo"])):
+        found = courses.train(run, pairs, model[1], course, name, RATES[:1], optimizer=sgd)
+        turn = np.where(np.isin(found.index[0], swapped), -1, 1)
+        zero = np.asarray(jax.grad(lambda x, f=steep: f(x, jnp.zeros((1, 2))).sum())(
+            jnp.zeros((1, 2))
+        ))  # fmt: skip
+        np.testing.assert_array_equal(found.pull[0], np.float32(zero * turn[:, None]))
+    other = run._replace(logp=lambda params, parts: run.logp(params, parts) + 1e-3)
+    with pytest.raises(
+        ArithmeticError, match=r"first update.s log-ratios are up to .*, expected 0"
+    ):
+        courses.train(other, pairs, model[1], course, "dpo", RATES[:1], optimizer=sgd)
 
 
 def near(found, expected, start):
@@ -101,7 +124,8 @@ def test_an_update_apart_is_the_step(model, made):
     once = courses.train(run, pairs, model[1], course, "dpo", RATES[:1], optimizer=adam)
     params, parts = jax.tree.map(jnp.copy, model[1]), course.parts(pairs, 0)
     gram = run.gram(params, parts, "dpo")
-    *_, gradient = run.slope(params, parts, run.number("dpo"), jnp.bool_(True), gram)
+    swap = course.swap(parts)
+    *_, gradient = run.slope(params, parts, run.number("dpo"), swap, gram)
     params, _ = courses.updated(adam, params, adam.init(params), gradient, jnp.float32(RATES[0]))
     near(params, once.params, model[1])
 
@@ -129,13 +153,10 @@ def test_a_course_shows_each_pair_once_an_epoch_and_some_the_wrong_way(pairs):
     assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(6)]
     assert epochs[0].tolist() != epochs[1].tolist()
     for number in range(3):
-        for part in course.parts(pairs, number):
-            for tokens, row in zip(part.tokens, part.index, strict=True):
-                first, second = pairs.pairs[row].tokens[:: -1 if row in (1, 4) else 1]
-                assert tokens[0][: len(first)].tolist() == first.tolist()
-                assert tokens[1][: len(second)].tolist() == second.tolist()
-    x = np.arange(12).reshape(6, 2)
-    np.testing.assert_array_equal(course.turned(course.turned(x, range(6)), range(6)), x)
+        parts = course.parts(pairs, number)
+        rows = courses.rows_of(parts)
+        assert sorted(rows) == sorted(course.index(number))
+        assert course.swap(parts).tolist() == [row in (1, 4) for row in rows]
 
 
 def test_a_coin_turns_half_of_the_pairs_the_same_ones_every_time():

@@ -42,12 +42,12 @@ class Programs(NamedTuple):
 def programs(config: Config, pairs: PairSet) -> Programs:
     """Compiled once a run: the optimizer is applied outside of them."""
     dpo = courses.programs(pairs, {"dpo": objective("dpo", beta=config.beta)})
-    number, first = dpo.number("dpo"), jnp.bool_(False)
+    number = dpo.number("dpo")
 
     def slope(params, batch, clip):
         parts = (batch,)
-        gram = dpo.gram(params, parts, "dpo")
-        _, pull, gradient = dpo.slope(params, parts, number, first, gram)
+        gram, given = dpo.gram(params, parts, "dpo"), np.zeros(len(batch.tokens), bool)
+        _, pull, gradient = dpo.slope(params, parts, number, given, gram)
         return pull, *_clipped(gradient, clip)
 
     return Programs(

@@ -53,11 +53,12 @@ def foresee(begun: arms.Begun, arm: arms.Arm) -> Foreseen:
     rates, name = arm.rates, begun.config.optimizer
     zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
     sums = zeros(), zeros(), unit_optimizer(name).init(params), zeros()
-    share, loss, first = jnp.float32(1 / len(rates)), run.number(arm.loss), jnp.bool_(True)
+    share, loss = jnp.float32(1 / len(rates)), run.number(arm.loss)
     words = f"gradients at the start, seed {begun.seed}"
     for number, rate in enumerate(tqdm(rates, words, unit="batch", leave=False)):
         parts = course.parts(begun.pairs, number)
-        *_, gradient = run.slope(params, parts, loss, first, run.gram(params, parts, arm.loss))
+        swap, gram = course.swap(parts), run.gram(params, parts, arm.loss)
+        *_, gradient = run.slope(params, parts, loss, swap, gram)
         sums = _absorb(name, sums, params, gradient, jnp.float32(rate), share)
     mean, square, state, replay = sums
     return Foreseen(mean, square, state, replay, name, rates)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxpref import gradients
 from jaxpref.data import batches
@@ -39,15 +39,17 @@ class Programs(NamedTuple):
 
     Attributes:
         losses: Their names; a loss is its number in this order.
-        step: ``(optimizer, params, state, parts, loss, rate, scale, first, gram) -> params, state,
-            logp, pull``, an update that divides pulls by a scale. It uses up parameters and state.
-            On the `first`, the policy is its own reference and log-ratios are exactly zero.
-        slope: ``(params, parts, loss, first, gram) -> logp, pull, gradient of the mean loss``.
+        logp: ``(params, parts) -> [pairs 2]``.
+        step: ``(optimizer, params, state, parts, loss, rate, scale, swap, gram) -> params, state,
+            logp, pull``, an update that divides pulls by a scale. The loss sees the pairs of `swap`
+            the wrong way round; what is told is chosen first. It uses up parameters and state.
+        slope: ``(params, parts, loss, swap, gram) -> logp, pull, gradient of the mean loss``.
         changed: Losses whose pulls are changed by the Gram of each pair.
         grams: ``(params, part) -> [pairs 2 2]``.
     """
 
     losses: tuple[str, ...]
+    logp: Any
     step: Any
     slope: Any
     changed: frozenset[str]
@@ -84,27 +86,36 @@ def programs(
         found = pull(losses[name], scores, batch)
         return changes[name](gram, found).astype(found.dtype) if name in changes else found
 
-    def gradient(params, parts, index, scale, first, gram):
+    def gradient(params, parts, index, scale, swap, gram):
+        def shown(x):  # there and back
+            return jnp.where(swap[:, None], x[:, ::-1], x)
+
         batch = joined(parts)
         scores, back = jax.vjp(lambda p: pairs.score_parts(p, parts), params)
-        logp = jnp.where(first, jnp.asarray(batch.reference, scores.logp.dtype), scores.logp)
+        seen = Scores(shown(scores.logp), shown(scores.lengths))
+        batch = batch._replace(reference=shown(batch.reference))
+        gram = jnp.where(swap[:, None, None], gram[:, ::-1, ::-1], gram)
         slopes = [functools.partial(pull_of, name) for name in losses]
-        pulls = jax.lax.switch(index, slopes, scores._replace(logp=logp), batch, gram)
-        mean = (pulls / jnp.asarray(scale, pulls.dtype) / len(pulls)).astype(logp.dtype)
+        pulls = shown(jax.lax.switch(index, slopes, seen, batch, gram))
+        mean = (pulls / jnp.asarray(scale, pulls.dtype) / len(pulls)).astype(scores.logp.dtype)
         (found,) = back(Scores(mean, jnp.zeros_like(scores.lengths)))
         return scores.logp, pulls, found
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def step(optimizer, params, state, parts, index, rate, scale, first, gram):
-        *seen, found = gradient(params, parts, index, scale, first, gram)
+    def step(optimizer, params, state, parts, index, rate, scale, swap, gram):
+        *seen, found = gradient(params, parts, index, scale, swap, gram)
         return *_updated(optimizer, params, state, found, rate), *seen
 
     @jax.jit
-    def slope(params, parts, index, first, gram):
-        return gradient(params, parts, index, 1.0, first, gram)
+    def slope(params, parts, index, swap, gram):
+        return gradient(params, parts, index, 1.0, swap, gram)
+
+    @jax.jit
+    def logp(params, parts):
+        return pairs.score_parts(params, parts).logp
 
     own = functools.partial(grams, pairs)
-    return Programs(tuple(losses), step, slope, frozenset(changes), own)
+    return Programs(tuple(losses), logp, step, slope, frozenset(changes), own)
 
 
 def _updated(optimizer, params: PyTree, state: PyTree, gradient: PyTree, rate: Array) -> Any:
@@ -159,20 +170,16 @@ class Course(NamedTuple):
 
     def parts(self, pairs: PairSet, number: int) -> tuple[Batch, ...]:
         """Its batch, by length."""
-        return tuple(self._shown(part) for part in pairs.parts(self.index(number)))
+        return pairs.parts(self.index(number))
 
-    def _shown(self, batch: Batch) -> Batch:
-        names = ("tokens", "is_token", "is_response", "reference")
-        turned = {name: self.turned(getattr(batch, name), batch.index) for name in names}
-        return batch._replace(**turned)
+    def swap(self, parts: Sequence[Batch]) -> Bool[np.ndarray, " batch"]:
+        """Which pairs of a batch are shown the wrong way round."""
+        return np.isin(rows_of(parts), self.swapped)
 
-    def turned(self, x: Any, index: Any) -> np.ndarray:
-        """``[pairs 2 ...]`` of these pairs with the responses of swapped ones exchanged.
 
-        There and back: twice, it changes nothing.
-        """
-        x, swap = np.asarray(x), np.isin(index, self.swapped)
-        return np.where(swap.reshape(-1, *[1] * (x.ndim - 1)), x[:, ::-1], x)
+def rows_of(parts: Sequence[Batch]) -> Int[np.ndarray, " batch"]:
+    """The pairs of a batch in parts, as numbers in the set."""
+    return np.concatenate([part.index for part in parts])
 
 
 def coin(pairs: int, seed: int) -> Int[np.ndarray, " swapped"]:
@@ -218,7 +225,8 @@ def train(
     Args:
         run: The programs, of these pairs or of others in the same sizes.
         pairs: With the log-probabilities of the start for a reference, of `course.rows` at least
-            (`PairSet.referring_to`).
+            (`PairSet.referring_to`). Those of the first batch are taken anew, by the batch itself:
+            at the first update policy and reference are one program on the same arrays.
         params: The start; it is copied.
         course: Which pairs are shown when.
         loss: Its name in `run`.
@@ -232,27 +240,41 @@ def train(
 
     Raises:
         ValueError: No update.
+        ArithmeticError: The log-ratios of the first update are not zero, by more than 1e-5 nats a
+            token: the device computes one program in two ways.
     """
     if not len(rates):
         raise ValueError("rates: got none, expected one for each update")
     index = np.array([course.index(n) for n in range(len(rates))])
     seen, pulls = np.full((2, *index.shape, 2), np.nan, np.float32)
+    first = course.parts(pairs, 0)
+    reference = pairs.known.copy()
+    reference[rows_of(first)] = run.logp(params, first)
+    pairs = pairs.with_reference(reference)
     moving, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
     number, size = run.number(loss), jnp.float32(scale)
     for n in _bar(len(rates), title):
         parts, rate = course.parts(pairs, n), jnp.float32(rates[n])
         gram = run.gram(moving, parts, loss)
         moving, state, *found = run.step(
-            optimizer, moving, state, parts, number, rate, size, jnp.bool_(n == 0), gram
+            optimizer, moving, state, parts, number, rate, size, course.swap(parts), gram
         )
-        order = np.concatenate([part.index for part in parts])
-        back = np.argsort(order)[np.argsort(np.argsort(index[n]))]
-        seen[n], pulls[n] = (course.turned(x, order)[back] for x in found)
+        back = np.argsort(rows_of(parts))[np.argsort(np.argsort(index[n]))]
+        seen[n], pulls[n] = (np.asarray(x)[back] for x in found)
         if not np.isfinite(seen[n]).all():
             return Trained(moving, index, seen, pulls, np.array(n))
+        if n == 0:
+            _check_first(np.abs(seen[0] - pairs.known[index[0]]) / pairs.lengths[index[0]])
         if n + 1 in looks:
             look(n + 1, moving, state)
     return Trained(moving, index, seen, pulls, np.array(-1))
+
+
+def _check_first(off: np.ndarray) -> None:
+    if off.max() > 1e-5:
+        raise ArithmeticError(
+            f"the first update's log-ratios are up to {off.max():.2g} nats a token, expected 0"
+        )
 
 
 def _bar(updates: int, title: str | None):
