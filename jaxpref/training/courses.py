@@ -39,7 +39,6 @@ class Programs(NamedTuple):
 
     Attributes:
         losses: Their names; a loss is its number in this order.
-        logp: ``(params, parts) -> [pairs 2]``.
         step: ``(optimizer, params, state, parts, loss, rate, scale, swap, gram) -> params, state,
             logp, pull``, an update that divides pulls by a scale. The loss sees the pairs of `swap`
             the wrong way round; what is told is chosen first. It uses up parameters and state.
@@ -49,7 +48,6 @@ class Programs(NamedTuple):
     """
 
     losses: tuple[str, ...]
-    logp: Any
     step: Any
     slope: Any
     changed: frozenset[str]
@@ -110,12 +108,8 @@ def programs(
     def slope(params, parts, index, swap, gram):
         return gradient(params, parts, index, 1.0, swap, gram)
 
-    @jax.jit
-    def logp(params, parts):
-        return pairs.score_parts(params, parts).logp
-
     own = functools.partial(grams, pairs)
-    return Programs(tuple(losses), logp, step, slope, frozenset(changes), own)
+    return Programs(tuple(losses), step, slope, frozenset(changes), own)
 
 
 def _updated(optimizer, params: PyTree, state: PyTree, gradient: PyTree, rate: Array) -> Any:
@@ -225,8 +219,8 @@ def train(
     Args:
         run: The programs, of these pairs or of others in the same sizes.
         pairs: With the log-probabilities of the start for a reference, of `course.rows` at least
-            (`PairSet.referring_to`). Those of the first batch are taken anew, by the batch itself:
-            at the first update policy and reference are one program on the same arrays.
+            (`PairSet.referring_to`). Those of the first batch are taken anew, by an update of rate
+            0: policy and reference are one program on the same arrays.
         params: The start; it is copied.
         course: Which pairs are shown when.
         loss: Its name in `run`.
@@ -247,20 +241,21 @@ def train(
         raise ValueError("rates: got none, expected one for each update")
     index = np.array([course.index(n) for n in range(len(rates))])
     seen, pulls = np.full((2, *index.shape, 2), np.nan, np.float32)
-    first = course.parts(pairs, 0)
-    reference = pairs.known.copy()
-    reference[rows_of(first)] = run.logp(params, first)
-    pairs = pairs.with_reference(reference)
-    moving, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
-    number, size = run.number(loss), jnp.float32(scale)
-    for n in _bar(len(rates), title):
-        parts, rate = course.parts(pairs, n), jnp.float32(rates[n])
-        gram = run.gram(moving, parts, loss)
-        moving, state, *found = run.step(
-            optimizer, moving, state, parts, number, rate, size, course.swap(parts), gram
-        )
+
+    def step(params, state, n, rate):
+        parts = course.parts(pairs, n)
+        gram = run.gram(params, parts, loss)
+        told = run.number(loss), jnp.float32(rate), jnp.float32(scale), course.swap(parts), gram
+        params, state, *found = run.step(optimizer, params, state, parts, *told)
         back = np.argsort(rows_of(parts))[np.argsort(np.argsort(index[n]))]
-        seen[n], pulls[n] = (np.asarray(x)[back] for x in found)
+        return params, state, *(np.asarray(x)[back] for x in found)
+
+    reference, start = pairs.known.copy(), functools.partial(jax.tree.map, jnp.copy, params)
+    reference[index[0]] = step(start(), optimizer.init(params), 0, 0.0)[2]
+    pairs = pairs.with_reference(reference)
+    moving, state = start(), optimizer.init(params)
+    for n in _bar(len(rates), title):
+        moving, state, seen[n], pulls[n] = step(moving, state, n, rates[n])
         if not np.isfinite(seen[n]).all():
             return Trained(moving, index, seen, pulls, np.array(n))
         if n == 0:
