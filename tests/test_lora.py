@@ -25,7 +25,7 @@ from jaxpref.training.step import init_state, make_step
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 
 ALPHA, RANK = 6.0, 3
-TWO = {"llama": SMALL, "gpt_neox": dataclasses.replace(FAMILIES["gpt_neox"], layers=2)}
+TWO = {"llama": SMALL, "gpt_neox": dataclasses.replace(FAMILIES["gpt_neox"], layers=2, kv_heads=4)}
 PAIRS = [
     TokenPair((np.array([3, 1, 4, 1, 5]), np.array([3, 1, 2, 7])), (2, 2), (False, False)),
     TokenPair((np.array([9, 2, 6]), np.array([9, 5, 3, 5])), (1, 1), (False, False)),

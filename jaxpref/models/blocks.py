@@ -127,7 +127,17 @@ class LowRank(NamedTuple):
 def product(
     x: Float[Array, "tokens inputs"], kernel: Array | LowRank, dtype, precision: str
 ) -> Float[Array, "tokens outputs"]:
-    """``x @ kernel``, and ``scale * (x @ a) @ b``: never a kernel that is their sum."""
+    """``x @ kernel``, and ``scale * (x @ a) @ b``: never a kernel that is their sum.
+
+    Args:
+        x: ``[tokens in]``.
+        kernel: ``[in out]``, alone or with an adapter.
+        dtype: That the matrices are rounded to.
+        precision: Of the products.
+
+    Returns:
+        ``[tokens out]``.
+    """
 
     def times(x, matrix):
         return jnp.matmul(x, matrix.astype(dtype), precision=precision)

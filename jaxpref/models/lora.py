@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from jaxpref.models.blocks import LowRank
+from jaxpref.models.blocks import LowRank, wide
 from jaxpref.models.decoder import Policy
 from jaxpref.models.paths import path_of
 
@@ -110,7 +110,7 @@ def draw(
     leaves, found = jax.tree.leaves(params), {}
     for module, (leaf, names, shape) in _targeted(params, targets).items():
         *stack, width_in, width_out = shape
-        dtype = jnp.promote_types(leaves[leaf].dtype, jnp.float32)
+        dtype = wide(leaves[leaf].dtype)
         bound = width_in**-0.5
         keys = _keys(key, names)
         a = jax.vmap(
@@ -215,13 +215,20 @@ def merge(params: PyTree, adapters: Adapters, *, alpha: Alpha) -> PyTree:
         a, b = _both(adapters[module])
         added = scale.astype(a.dtype)[..., None, None] * jnp.matmul(a, b, precision="highest")
         kernel = jnp.asarray(leaves[place.leaf])
-        wide = jnp.promote_types(kernel.dtype, added.dtype)
-        leaves[place.leaf] = (kernel.astype(wide) + added.astype(wide)).astype(kernel.dtype)
+        total = wide(kernel.dtype)
+        leaves[place.leaf] = (kernel.astype(total) + added.astype(total)).astype(kernel.dtype)
     return structure.unflatten(leaves)
 
 
 def sites(params: PyTree) -> dict[str, Site]:
-    """The kernels of a decoder by their modules' paths."""
+    """The kernels of a decoder by their modules' paths.
+
+    Args:
+        params: Of a decoder; may be of ``jax.ShapeDtypeStruct``.
+
+    Returns:
+        A `Site` each: ``layers.0.mlp.up``, of stacked layers ``layers.mlp.up``.
+    """
     found = {}
     for number, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):
         path = path_of(keys)
@@ -235,7 +242,19 @@ def sites(params: PyTree) -> dict[str, Site]:
 
 
 def scales(site: Site, rank: int, alpha: Alpha) -> Float[np.ndarray, "..."]:
-    """``alpha / rank`` of a kernel, or of each layer of a stack."""
+    """``alpha / rank`` of a kernel, or of each layer of a stack.
+
+    Args:
+        site: The kernel.
+        rank: Of its adapter.
+        alpha: As of `attach`.
+
+    Returns:
+        ``[]`` or ``[layers]``.
+
+    Raises:
+        ValueError: a module without an `alpha`.
+    """
     each = alpha if isinstance(alpha, Mapping) else dict.fromkeys(site.names, alpha)
     for name in site.names:
         if name not in each:

@@ -156,9 +156,9 @@ def save(
         # torch refuses a model whose padding is outside its table.
         values |= {k: i if i is not None and i < config.vocab else None for k, i in ids.items()}
     tensors = weights.write(arrays, config, layout)
-    _replace(folder / "model.safetensors", lambda file: _save_tensors(tensors, file))
+    replace_file(folder / "model.safetensors", lambda file: save_tensors(tensors, file))
     text = json.dumps({**values, "dtype": "float32"}, indent=2) + "\n"
-    _replace(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    replace_file(folder / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _check_params(arrays: paths.Arrays, config: DecoderConfig) -> None:
@@ -171,15 +171,29 @@ def _check_params(arrays: paths.Arrays, config: DecoderConfig) -> None:
             )
 
 
-def _save_tensors(tensors: paths.Arrays, file: Path) -> None:
+def save_tensors(tensors: paths.Arrays, file: Path) -> None:
+    """Writes a safetensors file.
+
+    Args:
+      tensors: by name.
+      file: to write.
+
+    Raises:
+      OSError: it was not written.
+    """
     try:
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         raise OSError(f"{file}: not written ({error})") from None
 
 
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the file, then renames: a reader sees the old file or the whole new one."""
+def replace_file(file: Path, write: Callable[[Path], Any]) -> None:
+    """Writes beside the file, then renames: a reader sees the old file or the whole new one.
+
+    Args:
+      file: to make or replace.
+      write: writes the path that it is given.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         write(partial)

@@ -1,7 +1,7 @@
 """Finding a model's tensors on disk: GGUF files and Hugging Face folders, opened but not read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,12 +84,17 @@ def open_folder(folder: Path) -> Opened:
     described = folder / "config.json"
     if not described.is_file():
         raise PretrainedError(f"{described}: no such file, expected in a Hugging Face model folder")
-    values = _json(described)
+    values = read_json(described)
     layout = family_of(values, described).layout
     return Opened(values, described, layout, _folder_tensors(folder))
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      PretrainedError: it is something else.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -105,7 +110,7 @@ def _folder_tensors(folder: Path) -> Source:
     if single.is_file():
         files = [single]
     elif index.is_file():
-        listed = _json(index).get("weight_map") or {}
+        listed = read_json(index).get("weight_map") or {}
         whole = isinstance(listed, dict) and all(isinstance(x, str) for x in listed.values())
         if not listed or not whole:
             raise PretrainedError(f"{index}: no weight_map, expected names of tensors and files")
@@ -113,16 +118,34 @@ def _folder_tensors(folder: Path) -> Source:
     else:
         found = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
         raise PretrainedError(f"{folder}: no {single.name} and no {index.name}, found {found}")
-    shapes, places, handles = {}, {}, {}
-    for file in files:
-        handles[file] = _open_safetensors(file, index)
-        for name in handles[file].keys():  # noqa: SIM118 (the handle is no mapping)
-            shapes[name] = tuple(handles[file].get_slice(name).get_shape())
-            places[name] = file
-    absent = [name for name in listed if name not in shapes]
+    found = open_safetensors(folder, files, index)
+    absent = [name for name in listed if name not in found.shapes]
     if absent:
         file = folder / listed[absent[0]]
         raise PretrainedError(f"{file}: tensor {absent[0]} is missing, expected by {index.name}")
+    return found
+
+
+def open_safetensors(folder: Path, files: Sequence[Path], index: Path) -> Source:
+    """The tensors of some files of a folder.
+
+    Args:
+      folder: for messages about all of them.
+      files: in safetensors.
+      index: which says that they are there, for messages.
+
+    Returns:
+      Them, unread.
+
+    Raises:
+      PretrainedError: a file is missing, where `index` says that it is there, or is cut off.
+    """
+    shapes, places, handles = {}, {}, {}
+    for file in files:
+        handles[file] = _open_file(file, index)
+        for name in handles[file].keys():  # noqa: SIM118 (the handle is no mapping)
+            shapes[name] = tuple(handles[file].get_slice(name).get_shape())
+            places[name] = file
 
     def read(name: str) -> np.ndarray:
         handle = handles[places[name]]
@@ -137,7 +160,7 @@ def _folder_tensors(folder: Path) -> Source:
     return Source(folder, shapes, places, read)
 
 
-def _open_safetensors(file: Path, index: Path) -> Any:
+def _open_file(file: Path, index: Path) -> Any:
     if not file.is_file():
         raise PretrainedError(f"{file}: no such file, expected by {index.name}")
     try:
