@@ -238,15 +238,15 @@ def _apart(
         tail, stack = module.removeprefix("layers."), a.ndim == 3
         names = tuple(f"layers.{i}.{tail}" for i in range(len(a))) if stack else (module,)
         shape = (a.shape[0], a.shape[1], b.shape[2]) if stack else (a.shape[0], b.shape[1])
-        scales = lora.scales(lora.Site(0, names, shape), a.shape[-1], alpha)
-        for name, *piece in zip(names, *((a, b) if stack else (a[None], b[None])), scales.ravel(),
-                                strict=True):  # fmt: skip
+        scales = lora.scales(lora.Site(0, names, shape), a.shape[-1], alpha).ravel()
+        each = zip(names, *((a, b) if stack else (a[None], b[None])), scales, strict=True)
+        for name, one, other, scale in each:
             if kernels.get(name + _END) != shape[-2:]:
                 raise PretrainedError(
                     f"adapters: {name} is for a kernel {shape[-2:]}, expected"
                     f" {kernels.get(name + _END)} by config"
                 )
-            found[name + _END] = Piece(*piece[:2], float(piece[2]))
+            found[name + _END] = Piece(one, other, float(scale))
     if not found:
         raise PretrainedError("adapters: got none, expected at least one")
     return found
