@@ -34,6 +34,21 @@ FAMILIES = {
     ),
     "qwen2": dataclasses.replace(ONE, qkv_bias=True),
     "qwen3": dataclasses.replace(ONE, query_key_norm=True),
+    "mistral": dataclasses.replace(ONE, window=3),
+    "olmo2": dataclasses.replace(ONE, norms="after", query_key_norm="whole"),
+    "gemma2": dataclasses.replace(
+        SMALL, norms="both", window=4, sliding=(True, False), score_width=9.0, score_cap=0.4
+    ),
+    "gemma3": dataclasses.replace(
+        SMALL,
+        norms="both",
+        query_key_norm=True,
+        rope_factors=(8.0,) * 3,
+        window=2,
+        sliding=(True, False),
+        local_rope_base=100.0,
+    ),
+    "smollm3": dataclasses.replace(SMALL, rotary=(True, False)),
 }
 TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2], [2, 7, 1, 8, 2, 8, 1]])
 
@@ -99,10 +114,19 @@ def naive(config, params, tokens, positions):
     def linear(x, name):
         return x @ get[f"{name}.kernel"] + get.get(f"{name}.bias", 0.0)
 
-    def rope(x, position):
+    def slides(layer):
+        return config.window is not None and (config.sliding is None or config.sliding[layer])
+
+    def rope(x, position, layer):
         x, rotated = x.copy(), 2 * int(config.head_width * config.rope_fraction / 2)
+        if config.rotary is not None and not config.rotary[layer]:
+            return x
         for i in range(rotated // 2):
             speed = config.rope_base ** (-2 * i / rotated)
+            if config.local_rope_base and slides(layer):
+                speed = config.local_rope_base ** (-2 * i / rotated)
+            elif config.rope_factors:
+                speed /= config.rope_factors[i]
             if config.rope_scaling:
                 s = config.rope_scaling
                 wave = 2 * np.pi / speed
@@ -123,14 +147,24 @@ def naive(config, params, tokens, positions):
             return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
         return x / 2 * np.array([1 + math.erf(v / 2**0.5) for v in x])
 
-    def heads(x, name, count, position, *, turned):
+    def heads(x, name, count, position, layer, *, turned):
         y = linear(x, f"{name}")
         if config.clip_qkv:
             y = np.clip(y, -config.clip_qkv, config.clip_qkv)
+        if turned and config.query_key_norm == "whole":
+            y = norm(y, f"{name}_norm", "rms")
         y = y.reshape(count, config.head_width)
-        if turned and config.query_key_norm:
+        if turned and config.query_key_norm is True:
             y = np.stack([norm(row, f"{name}_norm", "rms") for row in y])
-        return np.stack([rope(row, position) for row in y]) if turned and learned is None else y
+        if turned and learned is None:
+            y = np.stack([rope(row, position, layer) for row in y])
+        return y
+
+    def before(x, name):
+        return x if config.norms == "after" else norm(x, name)
+
+    def behind(x, name):
+        return x if config.norms == "before" else norm(x, name)
 
     learned = get.get("positions")
     stream = [get["embedding"][t] * config.embedding_scale for t in tokens]
@@ -138,29 +172,36 @@ def naive(config, params, tokens, positions):
         stream = [x + learned[p] for x, p in zip(stream, positions, strict=True)]
     for layer in range(config.layers):
         at = f"layers.{layer}"
-        normed = [norm(x, f"{at}.attention_norm") for x in stream]
+        normed = [before(x, f"{at}.attention_norm") for x in stream]
         place = list(zip(normed, positions, strict=True))
         attn = f"{at}.attention"
-        q = [heads(x, f"{attn}.query", config.heads, p, turned=True) for x, p in place]
-        k = [heads(x, f"{attn}.key", config.kv_heads, p, turned=True) for x, p in place]
-        v = [heads(x, f"{attn}.value", config.kv_heads, p, turned=False) for x, p in place]
+        q = [heads(x, f"{attn}.query", config.heads, p, layer, turned=True) for x, p in place]
+        k = [heads(x, f"{attn}.key", config.kv_heads, p, layer, turned=True) for x, p in place]
+        v = [heads(x, f"{attn}.value", config.kv_heads, p, layer, turned=False) for x, p in place]
         after = []
         for t, x in enumerate(stream):
             mixed = []
             for head in range(config.heads):
                 group = head // (config.heads // config.kv_heads)
-                score = [q[t][head] @ k[s][group] / config.head_width**0.5 for s in range(t + 1)]
+                width = config.score_width or config.head_width
+                near = config.window if slides(layer) else np.inf
+                seen = [s for s in range(t + 1) if positions[t] - positions[s] < near]
+                score = np.array([q[t][head] @ k[s][group] / width**0.5 for s in seen])
+                if config.score_cap:
+                    score = config.score_cap * np.tanh(score / config.score_cap)
                 weight = np.exp(score - np.max(score))
                 weight /= weight.sum()
-                mixed.append(sum(w * v[s][group] for s, w in enumerate(weight)))
-            after.append(x + linear(np.concatenate(mixed), f"{attn}.output"))
+                mixed.append(sum(w * v[s][group] for s, w in zip(seen, weight, strict=True)))
+            y = linear(np.concatenate(mixed), f"{attn}.output")
+            after.append(x + behind(y, f"{at}.attention_output_norm"))
         read = stream if config.parallel_residual else after
         stream = []
         for x, mixed in zip(read, after, strict=True):
-            y = norm(x, f"{at}.mlp_norm")
+            y = before(x, f"{at}.mlp_norm")
             up = linear(y, f"{at}.mlp.up")
             inner = activation(linear(y, f"{at}.mlp.gate")) * up if config.gated else activation(up)
-            stream.append(mixed + linear(inner, f"{at}.mlp.down"))
+            y = behind(linear(inner, f"{at}.mlp.down"), f"{at}.mlp_output_norm")
+            stream.append(mixed + y)
     return np.stack([norm(x, "norm") for x in stream])
 
 
@@ -234,7 +275,7 @@ def test_rope_depends_on_distances_alone(llama):
         ("llama", {"scan": True}),
         ("llama", {"remat": True}),
         ("gpt_neox", {"scan": True, "remat": True}),
-        ("qwen3", {"scan": True, "remat": True}),
+        ("gemma3", {"scan": True, "remat": True}),
     ],
     ids=str,
 )
@@ -245,6 +286,20 @@ def test_scan_and_remat_change_nothing(name, options):
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_a_window_counts_positions_and_not_columns():
+    """Both sequences in one row, their common beginning once, as pairs are encoded."""
+    policy, params = build(FAMILIES["gemma3"])
+    first, second = np.array([3, 1, 4, 1, 5]), np.array([3, 1, 4, 9, 2])
+    row = np.concatenate([first, second[3:]])[None]
+    positions = np.array([[0, 1, 2, 3, 4, 3, 4]])
+    attend = np.tril(np.ones((7, 7), bool))
+    attend[5:, 3:5] = False
+    found = policy.hidden(params, row, positions, attend[None])[0]
+    alone = policy.hidden(params, np.stack([first, second]))
+    np.testing.assert_allclose(found[:5], alone[0], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(found[5:], alone[1, 3:], rtol=1e-12, atol=1e-13)
 
 
 def test_stacking_and_unstacking_are_inverse():
@@ -302,6 +357,12 @@ def test_abstract_has_the_shapes_without_the_numbers():
         ("activation", "relu"),
         ("positions", "sine"),
         ("rope_fraction", 1.5),
+        ("norms", "around"),
+        ("window", 0),
+        ("sliding", (True,)),
+        ("rotary", (True, True, False)),
+        ("local_rope_base", 0.0),
+        ("score_cap", -1.0),
     ],
 )
 def test_bad_configurations_are_named(field, value):

@@ -51,6 +51,18 @@ MODELS = {  # where layers are not shared or scanned one has all rules of its fa
     },
     "qwen2, recomputed": {"qkv_bias": True, "remat": True},
     "qwen3": {"query_key_norm": True, "tied": False},
+    "gemma2": {"norms": "both", "score_width": 9.0, "score_cap": 0.4},
+    "gemma3, scanned": {
+        "layers": 2,
+        "norm_offset": 1.0,
+        "norms": "both",
+        "query_key_norm": True,
+        "window": 3,
+        "sliding": (True, False),
+        "local_rope_base": 100.0,
+        "scan": True,
+    },
+    "olmo2": {"norms": "after", "query_key_norm": "whole", "tied": False},
     "llama": {},
     "llama, scanned": {"layers": 2, "scan": True},
 }

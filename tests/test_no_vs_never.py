@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from experiments.no_vs_never import __main__ as command
 from experiments.no_vs_never import control, measure
 from experiments.protocol import running
 from jaxpref import losses, runs
+from jaxpref.data.tokenizer import Tokenizer
+from jaxpref.models import decoder, pretrained
 from jaxpref.training.optimizers import torch_rmsprop
 
 ROOT = Path(__file__).parents[1]
@@ -603,10 +607,13 @@ def test_a_model_folder_without_weights(tiny_model, tmp_path):
 
 
 def test_a_question_that_the_model_cannot_read_is_named(tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "short")
-    config = json.loads((tiny_model / "config.json").read_text())
-    config |= {"model_type": "mistral", "sliding_window": 8}
-    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_folder(tiny_model)
+    config = decoder.DecoderConfig(
+        *(tokenizer.vocab, 4, 1, 1, 1, 4, 16), norm="layer", positions="learned", max_positions=8,
+        gated=False, activation="gelu_tanh", qkv_bias=True, output_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), decoder.abstract(config)[1])
+    pretrained.save(tmp_path / "short", params, config, family="gpt2", tokenizer=tokenizer)
     said = refused(model=tmp_path / "short", cwd=tmp_path)
     assert re.search(r"question 0: a text of \d+ tokens, expected at most 9: this model", said)
     assert not (tmp_path / "runs").exists()

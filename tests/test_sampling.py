@@ -75,10 +75,10 @@ def own_logp(model, prompt, response):
 
 
 @pytest.mark.parametrize(
-    ("name", "scan"), [*((name, False) for name in FAMILIES), ("llama", True), ("gpt_neox", True)]
+    ("name", "scan"), [*((name, False) for name in FAMILIES), ("llama", True), ("gemma3", True)]
 )
 def test_cached_states_equal_the_uncached_ones(name, scan):
-    # Of several layers Llama, and the scanned decoder.
+    # Of several layers what differs between them, and the scanned decoder.
     config = dataclasses.replace(FAMILIES[name], layers=2) if scan else FAMILIES[name]
     policy, params = build(config, scan=scan)
     # Two columns of padding, then token by token.
@@ -108,6 +108,14 @@ def test_greedy_equals_the_uncached_loop(model, left):
         expected = own_logp(model, prompt, found.tokens[row].tolist())
         np.testing.assert_allclose(found.logp[row], expected, atol=1e-9)
     assert found.is_token.all()
+
+
+def test_windows_and_padding_on_the_left_equal_the_uncached_loop():
+    windowed = build(FAMILIES["gemma3"])
+    options = {"max_new": NEW, "key": KEY, "temperature": 0.0}
+    found = sample(*windowed, *padded(PROMPTS, left=2), **options)
+    for row, prompt in enumerate(PROMPTS):
+        assert found.tokens[row].tolist() == naive_greedy(windowed, prompt, NEW)
 
 
 def test_learned_positions_and_scanned_layers_equal_the_uncached_loop():

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from jaxpref.models.decoder import DecoderConfig
 
 Hidden = Float[Array, "batch time width"]
-Attend = Bool[Array, "batch time seen"]
+Attend = Bool[Array, "#batch time seen"]
 Keys = Float[Array, "*layers batch kv seen head"]
 KeysValues = tuple[Keys, Keys]
 Rotation = tuple[Float[Array, "rows time half"], Float[Array, "rows time half"]]  # cosine, sine
+Sight = tuple[Rotation | None, Attend | None]  # what a layer turns heads by, and who sees whom
 Precision = Literal["highest", "high", "default"]  # of matrix products, as `jax.lax.Precision`
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -32,9 +33,15 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
-def rope_frequencies(config: "DecoderConfig") -> np.ndarray:
-    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled ones too."""
+def rope_frequencies(config: "DecoderConfig", *, local: bool = False) -> np.ndarray:
+    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled ones too.
+
+    With `local` those of the layers that slide a window, which may have a base of their own; that
+    is never scaled.
+    """
     rotated = 2 * int(config.head_width * config.rope_fraction / 2)
+    if local and config.local_rope_base is not None:
+        return config.local_rope_base ** (-np.arange(0, rotated, 2) / rotated)
     frequencies = config.rope_base ** (-np.arange(0, rotated, 2) / rotated)
     if config.rope_factors is not None:
         frequencies = frequencies / np.asarray(config.rope_factors)
@@ -60,6 +67,32 @@ def rotation(frequencies: np.ndarray, positions: Num[Array, "rows time"], dtype)
     """
     angles = positions.astype(dtype)[:, :, None] * jnp.asarray(frequencies, dtype)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def windowed(
+    window: int,
+    positions: Int[Array, "rows time"],
+    seen_positions: Int[Array, "rows seen"],
+    attend: Attend | None,
+) -> Attend:
+    """What is left of `attend` where a token sees the last `window` positions, its own included.
+
+    Args:
+        window: At least 1.
+        positions: Of the tokens that see, within their own sequences.
+        seen_positions: Of those that are seen.
+        attend: Which ones each sees; None: itself and all before it.
+
+    Returns:
+        Of the shape of `attend`.
+    """
+    near = positions[:, :, None] - seen_positions[:, None] < window
+    return near & (causal(positions.shape[1]) if attend is None else attend)
+
+
+def causal(time: int) -> Bool[Array, "1 time time"]:
+    """Each token sees itself and all before it."""
+    return jnp.tril(jnp.ones((time, time), bool))[None]
 
 
 def rotate(x: Float[Array, "batch time heads head"], by: Rotation) -> Array:
@@ -184,8 +217,10 @@ class Attention(nnx.Module):
         self.value = Linear(c.width, keys, bias=c.qkv_bias, **types)
         self.output = Linear(queries, c.width, bias=c.output_bias, **types)
         if c.query_key_norm:
-            norm = partial(Norm, c, c.head_width, kind="rms", dtype=dtype, param_dtype=param_dtype)
-            self.query_norm, self.key_norm = norm(), norm()
+            norm = partial(Norm, c, kind="rms", dtype=dtype, param_dtype=param_dtype)
+            whole = c.query_key_norm == "whole"
+            self.query_norm = norm(queries if whole else c.head_width)
+            self.key_norm = norm(keys if whole else c.head_width)
         self.config, self.precision = config, precision
 
     def __call__(
@@ -207,20 +242,23 @@ class Attention(nnx.Module):
         query, key, value = self.query(x), self.key(x), self.value(x)
         if c.clip_qkv is not None:
             query, key, value = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (query, key, value))
+        if c.query_key_norm == "whole":
+            query, key = self.query_norm(query), self.key_norm(key)
         query = query.reshape(batch, time, c.heads, c.head_width)
         key = key.reshape(batch, time, c.kv_heads, c.head_width)
         value = value.reshape(batch, time, c.kv_heads, c.head_width)
-        if c.query_key_norm:
+        if c.query_key_norm is True:
             query, key = self.query_norm(query), self.key_norm(key)
         if by is not None:
             query, key = rotate(query, by), rotate(key, by)
-        query = query.reshape(batch, time, c.kv_heads, -1, c.head_width) / math.sqrt(c.head_width)
+        query = query.reshape(batch, time, c.kv_heads, -1, c.head_width)
+        query = query / math.sqrt(c.score_width or c.head_width)
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         kept = (key, value)
         if past is not None:
             kept = (_write(past[0], key, layer, at), _write(past[1], value, layer, at))
             key, value = kept if layer is None else (x[layer] for x in kept)
-        mixed = _mix(query, key, value, attend, self.precision)
+        mixed = _mix(query, key, value, attend, c.score_cap, self.precision)
         return self.output(mixed.reshape(batch, time, c.heads * c.head_width)), kept
 
 
@@ -232,7 +270,14 @@ def _write(past: Array, new: Array, layer: Array | None, at: int | Array) -> Arr
     return jax.lax.dynamic_update_slice(past, new[None], start)
 
 
-def _mix(query: Array, key: Array, value: Array, attend: Array | None, precision: str) -> Array:
+def _mix(
+    query: Array,
+    key: Array,
+    value: Array,
+    attend: Array | None,
+    cap: float | None,
+    precision: str,
+) -> Array:
     """Softmax attention of query groups ``[batch time kv group head]``, in at least float32.
 
     Keys and values are ``[batch kv seen head]``; without `attend`, those of the queries' tokens.
@@ -243,17 +288,19 @@ def _mix(query: Array, key: Array, value: Array, attend: Array | None, precision
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * time, head)
     product = partial(jnp.einsum, precision=precision)
     logits = product("bkqd,bksd->bkqs", query, key, preferred_element_type=accumulate)
-    logits = logits.reshape(batch, kv, group, time, -1)
-    if attend is None:
-        seen = jnp.tril(jnp.ones((time, time), bool))[None, None, None]
-    else:
-        seen = attend[:, None, None]
+    logits = capped(logits.reshape(batch, kv, group, time, -1), cap)
+    seen = (causal(time) if attend is None else attend)[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(accumulate).min), axis=-1)
     if attend is not None:  # a row that attends to nothing: zeros
         weights = jnp.where(seen, weights, jnp.zeros((), accumulate))
     weights = weights.astype(value.dtype).reshape(batch, kv, group * time, -1)
     mixed = product("bkqs,bksd->bkqd", weights, value)
     return mixed.reshape(batch, kv, group, time, head).transpose(0, 3, 1, 2, 4)
+
+
+def capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
+    """``cap tanh(x / cap)``: about `x` where that is small, never beyond the cap; None is none."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Mlp(nnx.Module):
@@ -277,12 +324,16 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each on a norm of the residual stream."""
+    """Attention and MLP, each between norms: of what it reads, of what it adds, or of both."""
 
     def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         norm = partial(Norm, config, config.width, kind=config.norm, **types)
-        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.before, self.after = config.norms != "after", config.norms != "before"
+        if self.before:
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if self.after:
+            self.attention_output_norm, self.mlp_output_norm = norm(), norm()
         self.attention = Attention(config, rngs=rngs, precision=precision, **types)
         self.mlp = Mlp(config, rngs=rngs, precision=precision, **types)
         self.parallel = config.parallel_residual
@@ -297,6 +348,9 @@ class Block(nnx.Module):
         layer: Int[Array, ""] | None = None,
     ) -> tuple[Hidden, KeysValues]:
         """One layer; arguments and the second result as `Attention.__call__`."""
-        mixed, kept = self.attention(self.attention_norm(x), by, attend, past, at, layer)
-        mixed = x + mixed
-        return mixed + self.mlp(self.mlp_norm(x if self.parallel else mixed)), kept
+        read = self.attention_norm(x) if self.before else x
+        mixed, kept = self.attention(read, by, attend, past, at, layer)
+        mixed = x + (self.attention_output_norm(mixed) if self.after else mixed)
+        read = x if self.parallel else mixed
+        added = self.mlp(self.mlp_norm(read) if self.before else read)
+        return mixed + (self.mlp_output_norm(added) if self.after else added), kept

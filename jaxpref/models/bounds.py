@@ -20,8 +20,8 @@ class Bounds(NamedTuple):
 
     Attributes:
         vocab: Token ids are below it; None where the policy has no such bound.
-        longest: Positions are below it: rows of a learned table, or a sliding window, which hides
-            nothing up to its own length. None without either; rotary positions have no end.
+        longest: Positions are below it: rows of a learned table; None without one, for rotary
+            positions have no end.
     """
 
     vocab: int | None = None

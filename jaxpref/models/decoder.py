@@ -1,8 +1,8 @@
 """One causal decoder for every family the papers use, as pure functions of its parameters.
 
 The families differ in a `DecoderConfig` alone: Llama, Mistral, SmolLM2, GPT-2, GPT-NeoX (Pythia),
-OLMo-1, Gemma-1, Qwen2 and Qwen3. Logits are never made here: a `Policy` gives the hidden states
-after the final norm and, apart from them, the unembedding.
+OLMo-1 and 2, Gemma 1 to 3, Qwen2 and Qwen3. Logits are never made here: a `Policy` gives the hidden
+states after the final norm and, apart from them, the unembedding.
 
 Parameters are addressed by dotted paths, kernels as ``[in, out]``::
 
@@ -10,8 +10,10 @@ Parameters are addressed by dotted paths, kernels as ``[in, out]``::
     positions                                        [max_positions width]   learned only
     layers.0.attention_norm.{scale,bias}             [width]
     layers.0.attention.{query,key,value,output}.{kernel,bias}
-    layers.0.attention.{query_norm,key_norm}.scale   [head_width]
+    layers.0.attention.{query_norm,key_norm}.scale   [head_width], or of all heads
+    layers.0.attention_output_norm.{scale,bias}      [width]                 norms after
     layers.0.mlp_norm.{scale,bias}                   [width]
+    layers.0.mlp_output_norm.{scale,bias}            [width]                 norms after
     layers.0.mlp.{gate,up,down}.{kernel,bias}
     norm.{scale,bias}                                [width]
     unembedding                                      [vocab width]           untied only
@@ -20,8 +22,8 @@ With ``scan=True`` the number is left out, ``layers.attention...``, and axis 0 c
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -58,6 +60,8 @@ class DecoderConfig:
         norm: RMS norm, LayerNorm, or LayerNorm without parameters (OLMo-1).
         norm_epsilon: Added to the mean square.
         norm_offset: Added to the norms' scales; 1 for Gemma.
+        norms: Where attention and MLP have norms: ``before``, of what they read; ``after``, of what
+            they add to the residual stream (OLMo-2); ``both`` (Gemma 2 and 3).
         activation: Of the MLP; ``gelu`` is the exact one.
         gated: ``activation(gate) * up``, else ``activation(up)``.
         positions: Rotary, or a learned table.
@@ -68,14 +72,20 @@ class DecoderConfig:
         rope_scaling: Llama 3's, or None.
         rope_factors: Divisors of the rotary frequencies, one for each rotated pair of axes; None
             divides by nothing. GGUF files hold Llama 3's scaling in this form.
-        window: Tokens that attention sees, its own included; None sees all. The window itself is
-            not computed: texts that are longer are refused, for shorter ones it hides nothing.
+        window: Positions that a token's attention sees, its own included; None sees all.
+        sliding: Of each layer, whether it slides the window; None: all do.
+        local_rope_base: Base in the layers that slide the window, unscaled (Gemma 3); None: as in
+            the others.
+        rotary: Of each layer, whether it turns heads by positions (SmolLM3); None: all do.
         parallel_residual: Attention and MLP read the same stream (GPT-NeoX).
         qkv_bias: Query, key and value have biases (GPT-2, GPT-NeoX, Qwen2).
         output_bias: So has attention's output.
         mlp_bias: So have the MLP's products.
-        query_key_norm: RMS norm of each query and key head (Qwen3).
+        query_key_norm: RMS norm of each query and key head (Qwen3, Gemma 3), or with ``whole`` one
+            over all heads of the queries and one over those of the keys (OLMo-2).
         clip_qkv: Bound on queries, keys and values (OLMo-1 7B), or None.
+        score_width: Attention's scores are divided by its root; None: `head_width`.
+        score_cap: Bound ``c`` of attention's scores ``s``, as ``c tanh(s / c)`` (Gemma 2), or None.
         embedding_scale: Factor on the embedded tokens; ``sqrt(width)`` for Gemma.
         tied: The unembedding is the embedding.
 
@@ -93,6 +103,7 @@ class DecoderConfig:
     norm: Literal["rms", "layer", "layer_plain"] = "rms"
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0
+    norms: Literal["before", "after", "both"] = "before"
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True
     positions: Literal["rope", "learned"] = "rope"
@@ -102,38 +113,41 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     rope_factors: tuple[float, ...] | None = None
     window: int | None = None
+    sliding: tuple[bool, ...] | None = None
+    local_rope_base: float | None = None
+    rotary: tuple[bool, ...] | None = None
     parallel_residual: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    query_key_norm: bool = False
+    query_key_norm: bool | Literal["whole"] = False
     clip_qkv: float | None = None
+    score_width: float | None = None
+    score_cap: float | None = None
     embedding_scale: float = 1.0
     tied: bool = True
 
     def __post_init__(self):
-        sizes = [
-            "vocab",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-            "max_positions",
-        ]
-        sizes += ["window"] if self.window is not None else []
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        sizes = ("vocab", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+        for name in (*sizes, "max_positions", "window"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        for name in ("rope_base", "local_rope_base", "score_width", "score_cap", "clip_qkv"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}: got {value}, expected more than 0")
         choices = {
             "norm": ("rms", "layer", "layer_plain"),
+            "norms": ("before", "after", "both"),
             "activation": tuple(blocks.ACTIVATIONS),
             "positions": ("rope", "learned"),
+            "query_key_norm": (False, True, "whole"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {known}")
+        for name in ("sliding", "rotary"):
+            if (value := getattr(self, name)) is not None and len(value) != self.layers:
+                raise ValueError(f"{name}: got {len(value)}, expected {self.layers}, one a layer")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads: got {self.kv_heads}, expected a divisor of heads, {self.heads}"
@@ -142,14 +156,46 @@ class DecoderConfig:
             raise ValueError(f"head_width: got {self.head_width}, expected an even number for rope")
         if not 0 < self.rope_fraction <= 1:
             raise ValueError(f"rope_fraction: got {self.rope_fraction}, expected in (0, 1]")
-        if self.rope_base <= 0:
-            raise ValueError(f"rope_base: got {self.rope_base}, expected more than 0")
         rotated = int(self.head_width * self.rope_fraction / 2)
         if self.rope_factors is not None and len(self.rope_factors) != rotated:
             raise ValueError(
                 f"rope_factors: got {len(self.rope_factors)}, expected {rotated}, one for each "
                 "rotated pair of axes"
             )
+
+
+class Kind(NamedTuple):
+    """How one layer differs from others of its decoder."""
+
+    slides: bool  # the window
+    turns: bool  # heads, by positions
+
+
+def kinds(config: DecoderConfig) -> list[Kind]:
+    """The kind of each layer.
+
+    >>> config = DecoderConfig(*(9, 4, 2, 1, 1, 4, 8), window=2, sliding=(True, False))
+    >>> [kind.slides for kind in kinds(config)]
+    [True, False]
+    """
+    every = (True,) * config.layers
+    sliding = (False,) * config.layers if config.window is None else config.sliding or every
+    turning = (config.positions == "rope",) * config.layers
+    turning = turning if config.rotary is None else config.rotary
+    return [Kind(*both) for both in zip(sliding, turning, strict=True)]
+
+
+class Cache(NamedTuple):
+    """What new tokens see of those before them; columns are the second axis from the last.
+
+    Attributes:
+        layers: Keys and values of each, ``[batch kv seen head]``; with ``scan=True`` stacked,
+            ``[layers batch kv seen head]``.
+        positions: Of the tokens in the columns, where a layer slides a window; else None.
+    """
+
+    layers: PyTree
+    positions: Int[Array, "batch seen 1"] | None
 
 
 def _no_cache(*_: Any) -> Any:
@@ -227,9 +273,8 @@ class Decoder(nnx.Module):
             self.unembedding = table(config.vocab)
         self.config, self.compute_dtype = config, compute_dtype
         self.remat = remat
-        table_end = config.max_positions if config.positions == "learned" else None
-        ends = [end for end in (table_end, config.window) if end is not None]
-        self.bounds = Bounds(config.vocab, min(ends, default=None))
+        learned = config.positions == "learned"
+        self.bounds = Bounds(config.vocab, config.max_positions if learned else None)
 
     def __call__(
         self,
@@ -242,91 +287,138 @@ class Decoder(nnx.Module):
         Args:
             tokens: Token ids. What sees an id outside the vocabulary is NaN.
             positions: Of each token from 0; None counts from the left. On padding any value does.
-                What sees a position outside a learned table, or outside a sliding window, is NaN.
+                What sees a position outside a learned table is NaN. A sliding window counts them.
             attend: Which tokens (last axis) each token sees, causality included; None sees itself
                 and all before it, which is right for padding on the right. A token that sees
                 nothing gets finite numbers of no meaning.
         """
+        attend = None if attend is None else jnp.asarray(attend)
+        fits = positions is None and tokens.shape[1] <= (self.config.window or math.inf)
         if positions is None:
             positions = np.arange(tokens.shape[1])[None]
         tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
-        attend = None if attend is None else jnp.asarray(attend)
-        x, by = self._embed(tokens, positions)
-        hidden = self.norm(self._blocks(x, by, attend))
-        return mark(hidden, tokens, positions, attend, self.bounds)
+        x = self._embed(tokens, positions)
+        sights = self._sights(positions, None if fits else positions, attend)
+        return mark(self.norm(self._blocks(x, sights)), tokens, positions, attend, self.bounds)
 
     def cached(
         self,
         tokens: Int[Array, "batch time"],
         positions: Int[Array, "batch time"],
         attend: Bool[Array, "batch time seen"],
-        cache: PyTree = None,
+        cache: Cache | None = None,
         at: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "batch time width"], PyTree]:
+    ) -> tuple[Float[Array, "batch time width"], Cache]:
         """Hidden states of tokens that also see cached ones: no token is encoded twice.
 
         Args:
             tokens: Token ids, the first of them in column `at` of the cache.
             positions: Of each token from 0.
-            attend: Which columns of the cache each token sees, its own included.
-            cache: Keys and values of all layers, each ``[batch kv seen head]`` (with ``scan=True``
-                ``[layers batch kv seen head]``); None for the tokens' own alone.
+            attend: Which columns of the cache each token sees, its own included. A sliding window
+                hides more of them.
+            cache: Of the tokens before; None for the tokens' own alone.
             at: Column of the first token.
 
         Returns:
             ``(hidden, cache)``, the tokens' keys and values written into the cache. Hidden states
             are NaN as of `__call__`, but cached tokens are not looked at again.
         """
-        inside = attend if cache is None else None
-        mark_bad = partial(
-            mark, tokens=tokens, positions=positions, attend=inside, bounds=self.bounds
-        )
-        x, by = self._embed(tokens, positions)
+        placed = None
+        if any(kind.slides for kind in kinds(self.config)):
+            placed = positions[..., None]
+            if cache is not None:
+                placed = placed.astype(cache.positions.dtype)
+                placed = jax.lax.dynamic_update_slice_in_dim(cache.positions, placed, at, axis=1)
+        x = self._embed(tokens, positions)
+        sights = self._sights(positions, None if placed is None else placed[..., 0], attend)
+        past = None if cache is None else cache.layers
         if isinstance(self.layers, nnx.List):
             kept = []
-            for block, past in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-                x, now = block(x, by, attend, past, at)
+            pasts = past or [None] * len(self.layers)
+            for block, kind, one in zip(self.layers, kinds(self.config), pasts, strict=True):
+                x, now = block(x, *sights[kind], one, at)
                 kept.append(now)
-            return mark_bad(self.norm(x)), kept
-        graph, stacked = nnx.split(self.layers)
+        else:
+            graph, stacked = nnx.split(self.layers)
 
-        if cache is None:
-            x, cache = jax.lax.scan(
-                lambda x, params: nnx.merge(graph, params)(x, by, attend), x, stacked
+            def apply(carry, layer):  # the cache is carried: a column of it is written, none copied
+                (x, past), (params, kind, number) = carry, layer
+                sight = _choice(sights, kind)
+                x, now = nnx.merge(graph, params)(x, *sight, past, at, number)
+                return (x, None if past is None else now), now if past is None else None
+
+            numbers = None if past is None else jnp.arange(self.config.layers, dtype=jnp.int32)
+            (x, past), kept = jax.lax.scan(
+                apply, (x, past), (stacked, self._numbers(sights), numbers)
             )
-            return mark_bad(self.norm(x)), cache
+            kept = kept if past is None else past
+        inside = attend if cache is None else None
+        hidden = mark(self.norm(x), tokens, positions, inside, self.bounds)
+        return hidden, Cache(kept, placed)
 
-        def apply(carry, layer):  # the cache is carried: one column of it is written, none copied
-            (x, cache), (params, number) = carry, layer
-            return nnx.merge(graph, params)(x, by, attend, cache, at, number), None
-
-        numbers = jnp.arange(self.config.layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(apply, (x, cache), (stacked, numbers))
-        return mark_bad(self.norm(x)), cache
-
-    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, blocks.Rotation | None]:
+    def _embed(self, tokens: Array, positions: Array) -> Array:
         config = self.config
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         if config.positions == "learned":
             placed = jnp.take(self.positions[...], positions, axis=0, mode="clip")
-            return x + jnp.broadcast_to(placed.astype(x.dtype), x.shape), None
-        frequencies = blocks.rope_frequencies(config)
-        return x, blocks.rotation(frequencies, positions, blocks.wide(self.compute_dtype))
+            x = x + jnp.broadcast_to(placed.astype(x.dtype), x.shape)
+        return x
 
-    def _blocks(self, x: Array, by: blocks.Rotation | None, attend: Array | None) -> Array:
-        def apply(graph, params, x):
+    def _sights(
+        self, positions: Array, seen_positions: Array | None, attend: Array | None
+    ) -> dict[Kind, blocks.Sight]:
+        """What each kind of layer turns heads by and lets them see, in the order of the kinds.
+
+        Without `seen_positions` no window hides anything.
+        """
+        config, found = self.config, {}
+        slides = seen_positions is not None
+        for kind in sorted(set(kinds(config))):
+            by, seen = None, attend
+            if config.positions == "rope":
+                frequencies = blocks.rope_frequencies(config, local=kind.slides)
+                frequencies = frequencies if kind.turns else np.zeros_like(frequencies)
+                by = blocks.rotation(frequencies, positions, blocks.wide(self.compute_dtype))
+            if kind.slides and slides:
+                seen = blocks.windowed(config.window, positions, seen_positions, attend)
+            found[kind] = by, seen
+        return found
+
+    def _numbers(self, sights: dict[Kind, blocks.Sight]) -> Int[np.ndarray, " layers"]:
+        """The place of each layer's kind among all."""
+        return np.array([list(sights).index(kind) for kind in kinds(self.config)], np.int32)
+
+    def _blocks(self, x: Array, sights: dict[Kind, blocks.Sight]) -> Array:
+        def apply(graph, params, x, by, attend):
             return nnx.merge(graph, params)(x, by, attend)[0]
 
         if self.remat:
             apply = jax.checkpoint(apply, static_argnums=0)
         if isinstance(self.layers, nnx.List):
-            for block in self.layers:
-                x = apply(*nnx.split(block), x)
+            for block, kind in zip(self.layers, kinds(self.config), strict=True):
+                x = apply(*nnx.split(block), x, *sights[kind])
             return x
         graph, stacked = nnx.split(self.layers)
-        return jax.lax.scan(lambda x, params: (apply(graph, params, x), None), x, stacked)[0]
+
+        def step(x, layer):
+            params, number = layer
+            return apply(graph, params, x, *_choice(sights, number)), None
+
+        return jax.lax.scan(step, x, (stacked, self._numbers(sights)))[0]
+
+
+def _choice(sights: dict[Kind, blocks.Sight], number: Int[Array, ""]) -> blocks.Sight:
+    """That of this number, inside a program."""
+    each = list(sights.values())
+    if len(each) == 1:
+        return each[0]
+    shapes = {attend.shape for _, attend in each if attend is not None}
+    for shape in shapes:  # then all say it: they see what is before them
+        whole = jnp.broadcast_to(blocks.causal(shape[1]), shape)
+        each = [(by, whole if attend is None else attend) for by, attend in each]
+    return jax.tree.map(lambda *found: jax.lax.select_n(number, *found), *each)
 
 
 def functional(model: Decoder) -> tuple[Policy, PyTree]:
