@@ -141,6 +141,85 @@ QWEN3 = {  # Qwen3-0.6B
     "use_sliding_window": False,
     "tie_word_embeddings": True,
 }
+GEMMA3 = {  # gemma-3-270m
+    "model_type": "gemma3_text",
+    "_sliding_window_pattern": 6,
+    "vocab_size": 262144,
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 3,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_bias": False,
+    "use_bidirectional_attention": False,
+}
+OLMO2 = {  # OLMo-2-1124-7B
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+PHI3 = {  # Phi-3-mini-4k-instruct
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+}
+SMOLLM3 = {  # SmolLM3-3B
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000.0,
+    "rope_scaling": None,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "no_rope_layer_interval": 4,
+    "layer_types": ["full_attention"] * 36,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 28,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 LAYER = {"norm": "layer", "gated": False, "output_bias": True, "mlp_bias": True, "qkv_bias": True}
 EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; the rest by name
     "llama": DecoderConfig(
@@ -192,8 +271,47 @@ EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; th
         rope_base=1e6,
         query_key_norm=True,
     ),
+    "gemma3_text": DecoderConfig(
+        *(262144, 640, 18, 4, 1, 256, 2048),
+        norm_epsilon=1e-6,
+        norm_offset=1.0,
+        norms="both",
+        activation="gelu_tanh",
+        max_positions=32768,
+        rope_base=1e6,
+        local_rope_base=1e4,
+        window=512,
+        sliding=(*[True] * 5, False) * 3,
+        query_key_norm=True,
+        embedding_scale=640**0.5,
+    ),
+    "olmo2": DecoderConfig(
+        *(100352, 4096, 32, 32, 32, 128, 11008),
+        norm_epsilon=1e-6,
+        norms="after",
+        max_positions=4096,
+        rope_base=5e5,
+        query_key_norm="whole",
+        tied=False,
+    ),
+    "phi3": DecoderConfig(
+        *(32064, 3072, 32, 32, 32, 96, 8192), max_positions=4096, window=2047, tied=False
+    ),
+    "smollm3": DecoderConfig(
+        *(128256, 2048, 36, 16, 4, 128, 11008),
+        norm_epsilon=1e-6,
+        max_positions=65536,
+        rope_base=5e6,
+        rotary=(True, True, True, False) * 9,
+    ),
 }
-PUBLISHED = {c["model_type"]: c for c in (LLAMA, MISTRAL, GPT2, PYTHIA, OLMO, GEMMA, QWEN2, QWEN3)}
+PUBLISHED = {
+    values["model_type"]: values
+    for values in (
+        *(LLAMA, MISTRAL, GPT2, PYTHIA, OLMO, OLMO2, GEMMA, GEMMA3),
+        *(QWEN2, QWEN3, PHI3, SMOLLM3),
+    )
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -243,15 +361,71 @@ def test_gemmas_newer_key_for_the_activation_wins():
     assert from_json(new, PLACE) == EXPECTED["gemma"]
 
 
+def test_newer_llamas_and_qwens_are_older_ones_of_other_sizes():
+    scaling = {**LLAMA["rope_scaling"], "factor": 8.0}
+    llama31 = {**LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    llama31 |= {"head_dim": None, "rope_scaling": scaling, "tie_word_embeddings": False}  # 8B
+    assert from_json(llama31, PLACE) == DecoderConfig(
+        *(128256, 4096, 32, 32, 8, 128, 14336),
+        max_positions=131072,
+        rope_base=5e5,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+        tied=False,
+    )
+    qwen25 = {**QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    qwen25 |= {"num_attention_heads": 28, "num_key_value_heads": 4, "use_mrope": False}  # 7B
+    qwen25 |= {"max_window_layers": 28, "vocab_size": 152064, "tie_word_embeddings": False}
+    assert from_json(qwen25, PLACE) == DecoderConfig(
+        *(152064, 3584, 28, 28, 4, 128, 18944),
+        norm_epsilon=1e-6,
+        max_positions=131072,
+        rope_base=1e6,
+        qkv_bias=True,
+        tied=False,
+    )
+
+
 def test_the_window_counts_where_the_model_slides_it():
     sliding = {**QWEN2, "use_sliding_window": True, "sliding_window": 64}
-    assert from_json(sliding, PLACE) == dataclasses.replace(EXPECTED["qwen2"], window=64)
-    assert from_json(to_json(from_json(sliding, PLACE), "qwen2"), PLACE).window == 64
+    assert from_json(sliding, PLACE) == EXPECTED["qwen2"]  # no layer beyond the last one counted
+    found = from_json({**sliding, "max_window_layers": 22}, PLACE)
+    flags = (*[False] * 22, True, True)
+    assert found == dataclasses.replace(EXPECTED["qwen2"], window=64, sliding=flags)
+    assert from_json(to_json(found, "qwen2"), PLACE) == found
+    every = from_json({**sliding, "layer_types": ["sliding_attention"] * 24}, PLACE)
+    assert every == dataclasses.replace(EXPECTED["qwen2"], window=64)
     # transformers' Llama has no window, whatever its file says.
     assert (
         from_json({**LLAMA, "use_sliding_window": True, "sliding_window": 8}, PLACE)
         == (EXPECTED["llama"])
     )
+
+
+def test_layers_follow_a_pattern_where_no_list_says_it():
+    plain = {k: v for k, v in GEMMA3.items() if k != "layer_types"}
+    assert from_json(plain, PLACE) == EXPECTED["gemma3_text"]
+    found = from_json({**plain, "sliding_window_pattern": 3}, PLACE)
+    assert found.sliding == (True, True, False) * 6
+    plain = {k: v for k, v in SMOLLM3.items() if k != "no_rope_layers"}
+    assert from_json(plain, PLACE) == EXPECTED["smollm3"]
+    found = from_json({**plain, "no_rope_layer_interval": 40}, PLACE)
+    assert found.rotary is None
+
+
+def test_both_rotary_bases_of_gemma_3_are_read_where_either_transformers_has_them():
+    moved = {k: v for k, v in GEMMA3.items() if not k.startswith("rope")}
+    assert from_json(moved, PLACE) == EXPECTED["gemma3_text"]
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}
+    local = {"rope_type": "default", "rope_theta": 2e4}
+    expected = dataclasses.replace(
+        *(EXPECTED["gemma3_text"],),
+        rope_base=5e5,
+        local_rope_base=2e4,
+        rope_factors=(8.0,) * 128,
+    )
+    nested = {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+    assert from_json({**moved, **nested}, PLACE) == expected
+    assert from_json(to_json(expected, "gemma3_text"), PLACE) == expected
 
 
 ROPE = "rope_scaling"
@@ -308,6 +482,24 @@ def test_factors_of_the_frequencies_are_read_and_written():
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx True is not"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         (GEMMA, {"use_bidirectional_attention": True}, "bidirectional_attention True is not"),
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not support"),
+        (GEMMA3, {"sliding_window": None}, "key sliding_window is missing, expected a whole"),
+        (GEMMA3, {"layer_types": ["full_attention"]}, "expected a list of 18, one a layer"),
+        (GEMMA3, {"layer_types": ["linear_attention"] * 18}, "layer_types has 'linear_attention'"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_type 'linear' of sliding_attention is not supported",
+        ),
+        (GEMMA3, {"layer_types": None, "sliding_window_pattern": 0}, "expected at least 1"),
+        (GEMMA3, {"num_hidden_layers": 10**9}, "1000000000 layers, expected at most 10000"),
+        (GEMMA3, {"attn_logit_softcapping": -5.0}, "score_cap: got -5.0, expected more than 0"),
+        (QWEN2, {"use_sliding_window": 1}, "use_sliding_window is 1, expected true or false"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 32}, "layer_types has 'full_attention'"),
+        (SMOLLM3, {"no_rope_layers": [2] * 36}, "no_rope_layers has 2, expected 0 or 1"),
+        (SMOLLM3, {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        (PHI3, {ROPE: {**LONG, "long_factor": [2.0] * 32}}, "depend on a text's length"),
+        (OLMO2, {"hidden_act": "relu"}, "hidden_act 'relu' is not supported, expected silu"),
         (PYTHIA, {"rotary_pct": 0.02}, "turn 1 of a head's axes, expected an even number"),
     ],
 )
@@ -328,6 +520,10 @@ def test_what_the_decoder_cannot_compute_is_refused(published, change, message):
         ("gpt2", {"head_width": 32}, "head_width is 32, expected 64"),
         ("gemma", {"embedding_scale": 1.0}, "embedding_scale is 1.0"),
         ("mistral", {"mlp_bias": True}, "mlp_bias is True, expected False"),
+        ("olmo2", {"norms": "both"}, "norms is 'both', expected 'after'"),
+        ("mistral", {"sliding": (True, False) * 16}, "sliding is .*, expected None"),
+        ("llama", {"window": 8}, "window is 8, expected None"),
+        ("gemma3_text", {"local_rope_base": None}, "local_rope_base is None, expected 1000000"),
         ("qwen2", {"rope_fraction": 0.5}, "rope_fraction is 0.5, expected 1.0"),
     ],
 )

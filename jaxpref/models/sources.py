@@ -30,8 +30,20 @@ _GGUF_MODULES = {
     "norm": "output_norm",
     "unembedding": "output",
 }
-# llama.cpp keeps the rotary pairs of Llama side by side, those of the Qwens as transformers does.
-_GGUF_LAYOUTS = {kind: Layout(_GGUF_MODULES, interleaved=kind == "llama") for kind in ARCHITECTURES}
+_GGUF_AFTER = {
+    "layers.*.attention_output_norm": "blk.*.post_attention_norm",
+    "layers.*.mlp_output_norm": "blk.*.post_ffw_norm",
+}
+# llama.cpp keeps the rotary pairs of Llama side by side, those of others as transformers does, and
+# Gemma's norms with the one that its formula adds.
+_GGUF_LAYOUTS = {
+    kind: Layout(
+        _GGUF_MODULES | (_GGUF_AFTER if kind == "gemma3" else {}),
+        interleaved=kind == "llama",
+        norm_offset=float(kind == "gemma3"),
+    )
+    for kind in ARCHITECTURES
+}
 
 
 class Opened(NamedTuple):
@@ -44,7 +56,7 @@ class Opened(NamedTuple):
 
 
 def open_gguf(path: Path) -> Opened:
-    """A GGUF file of a Llama, Qwen2 or Qwen3, all parts of it; Mistral files call themselves Llama.
+    """A GGUF file, all parts of it, of an architecture in `jaxpref.models.headers`.
 
     Raises:
       PretrainedError: the file is missing, cut off, not a GGUF file or of another architecture, or

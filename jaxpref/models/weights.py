@@ -25,10 +25,12 @@ class Layout(NamedTuple):
     modules: Mapping[str, str]  # our module -> theirs; ``*`` is the layer
     prefix: str = ""  # absent from all names where only the base model was saved
     input_first: bool = False  # kernels [in, out] as ours (GPT-2), else [out, in] (torch's Linear)
-    fused: Literal["apart", "thirds", "heads"] = "apart"  # query, key, value in one tensor
+    # Query, key, value in one tensor, or gate and up: one after the other, or by heads.
+    fused: Literal["apart", "blocks", "heads"] = "apart"
     interleaved: bool = (
         False  # rope pairs are neighbours (llama.cpp), else half a head apart (ours)
     )
+    norm_offset: float = 0.0  # that of the decoder's family, where their scales have it in them
     ignored: tuple[str, ...] = ()  # ends of the names of tensors that are constants: masks, tables
 
 
@@ -71,8 +73,9 @@ def names(paths: Iterable[str], layout: Layout) -> dict[str, list[str]]:
 
 
 def _place(path: str) -> int:
-    """In a tensor that holds several: query, key, value."""
-    return next((i for i, part in enumerate(("query", "key", "value")) if f".{part}." in path), 0)
+    """In a tensor that holds several: query, key, value; gate, up."""
+    parts = ("query", "key", "value", "gate", "up")
+    return next((i for i, part in enumerate(parts) if f".{part}." in path), 0)
 
 
 def _transposed(path: str, layout: Layout) -> bool:
@@ -89,7 +92,11 @@ def _file_shape(paths: Sequence[str], ours: Mapping[str, Shape], layout: Layout)
 
 
 def _from_file(
-    paths: Sequence[str], x: np.ndarray, config: DecoderConfig, layout: Layout
+    paths: Sequence[str],
+    x: np.ndarray,
+    ours: Mapping[str, Shape],
+    config: DecoderConfig,
+    layout: Layout,
 ) -> Arrays:
     x = x.T if _transposed(paths[0], layout) else x
     width = config.head_width
@@ -97,12 +104,15 @@ def _from_file(
         if layout.interleaved and (".query." in paths[0] or ".key." in paths[0]):
             pairs = x.reshape(*x.shape[:-1], -1, width // 2, 2)
             x = pairs.swapaxes(-1, -2).reshape(x.shape)
+        if paths[0].endswith("norm.scale") and layout.norm_offset:
+            x = x - np.asarray(layout.norm_offset, x.dtype)
         return {paths[0]: x}
     if layout.fused == "heads":  # each head's query, key, value side by side
         x = x.reshape(*x.shape[:-1], config.heads, 3, width)
         parts = [x[..., i, :].reshape(*x.shape[:-3], -1) for i in range(3)]
     else:
-        parts = np.split(x, 3, axis=-1)
+        ends = np.cumsum([ours[path][-1] for path in paths])
+        parts = np.split(x, ends[:-1], axis=-1)
     return dict(zip(paths, parts, strict=True))
 
 
@@ -149,7 +159,7 @@ def read(
     _check(source, expected, layout, config)
     found: Arrays = {}
     for name, paths in wanted.items():
-        found |= _from_file(paths, source.read(name), config, layout)
+        found |= _from_file(paths, source.read(name), ours, config, layout)
     return found
 
 
