@@ -28,7 +28,8 @@ def words(place):
 
 def test_the_families_and_kinds_of_the_table_are_those_that_are_read():
     assert words(0) == [
-        "llama", "mistral", "qwen2", "qwen3", "gemma", "olmo", "gpt2", "gpt_neox",
+        "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2",
+        "phi3", "smollm3", "gpt2", "gpt_neox",
     ]  # fmt: skip
     assert set(words(0)) == set(FAMILIES)
     assert words(1) == list(ARCHITECTURES)

@@ -1,11 +1,13 @@
 """Models on disk: there and back, and each way a folder or a file can be wrong."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import resource
 import shutil
 import struct
+from pathlib import Path
 
 import gguf
 import jax
@@ -16,7 +18,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from jaxpref.models import blocks, decoder, paths, pretrained, weights
+from jaxpref.data.gguf_file import Gguf
+from jaxpref.models import blocks, decoder, headers, paths, pretrained, weights
 from jaxpref.models.configs import to_json
 from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
@@ -220,7 +223,10 @@ def test_gguf_is_dequantised_into_our_layout(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arch": "mamba"}, "architecture 'mamba' is not supported, expected llama, qwen2, qwen3"),
+        (
+            {"arch": "mamba"},
+            "architecture 'mamba' is not supported, expected llama, qwen2, qwen3, gemma3",
+        ),
         (
             {"leave_out": ["output_norm"]},
             "tensor output_norm.weight is missing, expected shape (32,)",
@@ -304,6 +310,78 @@ def test_a_llama_with_a_window_is_a_mistral(tmp_path):
         write_gguf(tmp_path / "a.gguf", fields={"llama.attention.sliding_window": 9})
     )
     assert (found.family, found.config.window) == ("mistral", 9)
+
+
+GEMMA3 = {
+    "gemma3.attention.key_length": 16,
+    "gemma3.attention.value_length": 16,
+    "gemma3.attention.sliding_window": 5,
+    "gemma3.rope.freq_base": 1e6,
+    "gemma3.rope.scaling.type": "linear",
+    "gemma3.rope.scaling.factor": 8.0,
+}
+AROUND = ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm")
+
+
+def write_gemma(path, **fields):
+    norms = {f"blk.0.{name}.weight": np.full(32 if "post" in name else 16, 1.5) for name in AROUND}
+    more = {name: value.astype(np.float32) for name, value in norms.items()}
+    return write_gguf(path, "gemma3", fields=GEMMA3 | fields, more=more)
+
+
+def test_a_gemma_3_has_its_windows_bases_and_norms(tmp_path):
+    found = pretrained.load(write_gemma(tmp_path / "a.gguf"))
+    expected = DecoderConfig(
+        *(11, 32, 1, 2, 1, 16, 64),
+        max_positions=32,
+        norm_epsilon=np.float32(1e-6).item(),
+        norm_offset=1.0,
+        norms="both",
+        activation="gelu_tanh",
+        rope_base=1e6,
+        rope_factors=(8.0,) * 8,
+        window=5,
+        local_rope_base=1e4,
+        query_key_norm=True,
+        embedding_scale=32**0.5,
+    )
+    assert (found.family, found.config) == ("gemma3_text", expected)
+    # Its file holds the norms with the one in them that the formula adds.
+    assert (found.params["layers"][0]["attention_output_norm"]["scale"][...] == 0.5).all()
+    assert (found.params["layers"][0]["attention"]["key_norm"]["scale"][...] == 0.5).all()
+    fields = {"gemma3.attention.sliding_window_pattern": 1, "gemma3.rope.freq_base_swa": 2e4}
+    other = pretrained.load(write_gemma(tmp_path / "b.gguf", **fields)).config
+    assert other == dataclasses.replace(expected, sliding=(False,), local_rope_base=2e4)
+    pretrained.save(tmp_path / "c", found.params, found.config, family=found.family)
+    again = pretrained.load(tmp_path / "c")
+    assert again.config == expected
+    same(again.params, found.params)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gemma3.attention.sliding_window": 0}, "sliding_window is missing, expected a whole"),
+        ({"gemma3.final_logit_softcapping": 30.0}, "expected 0: any other changes the formula"),
+        ({"gemma3.attention.sliding_window_pattern": 0}, "pattern is 0, expected at least 1"),
+        ({"gemma3.attention.scale": 0.1}, "field gemma3.attention.scale is 0.1, expected 0"),
+    ],
+)
+def test_a_gemma_3_of_another_formula_is_refused(tmp_path, fields, message):
+    assert message in refused(write_gemma(tmp_path / "a.gguf", **fields))
+
+
+def test_the_largest_gemma_3_divides_its_scores_by_another_width():
+    header = {"general.architecture": "gemma3", "gemma3.embedding_length": 5376}
+    header |= {"gemma3.attention.head_count": 32, "gemma3.attention.key_length": 128}
+    for layers, width in ((62, 168), (48, 128)):
+        file = Gguf(Path("a"), {**header, "gemma3.block_count": layers}, {})
+        assert headers.values_of(file)["query_pre_attn_scalar"] == width
+
+
+def test_a_qwen_with_a_window_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "qwen2", fields={"qwen2.attention.sliding_window": 9})
+    assert "field qwen2.attention.sliding_window is 9, expected 0: any other" in refused(path)
 
 
 @pytest.mark.parametrize(

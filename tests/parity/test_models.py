@@ -53,6 +53,10 @@ _GEMMA3 = {
     "num_hidden_layers": 3,
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
 }
 _PAD = {"pad_token_id": 0}  # the family's own is outside a small table
 _PART = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.67}
@@ -251,9 +255,17 @@ def _write_gguf(file, model, arch, **more):
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    if arch == gguf.MODEL_ARCH.QWEN3:
+    gemma = arch == gguf.MODEL_ARCH.GEMMA3
+    if gemma:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_key_value("gemma3.rope.freq_base_swa", 100.0, gguf.GGUFValueType.FLOAT32)
+        writer.add_key_value(
+            "gemma3.attention.sliding_window_pattern", 2, gguf.GGUFValueType.UINT32
+        )
+    if gemma or arch == gguf.MODEL_ARCH.QWEN3:
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     _write_vocabulary(writer, config.vocab_size)
@@ -269,6 +281,8 @@ def _write_gguf(file, model, arch, **more):
             value = _side_by_side(value, config.num_attention_heads)
         if arch == gguf.MODEL_ARCH.LLAMA and ".k_proj" in name:
             value = _side_by_side(value, config.num_key_value_heads)
+        if gemma and "norm" in name:
+            value = value + 1
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -297,6 +311,7 @@ def _write_vocabulary(writer, size):
         ("llama-tied", gguf.MODEL_ARCH.LLAMA),
         ("qwen2", gguf.MODEL_ARCH.QWEN2),
         ("qwen3", gguf.MODEL_ARCH.QWEN3),
+        ("gemma3_text", gguf.MODEL_ARCH.GEMMA3),
     ],
 )
 def test_gguf_gives_the_same_logits(tmp_path, case, arch):
