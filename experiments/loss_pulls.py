@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.protocol import running
+from experiments.protocol.tables import table
 from jaxpref.losses import __main__ as catalogue
 
 CHOSEN, REJECTED, BOTH = "#1b6ca8", "#c8402f", "#6b3fa0"
@@ -95,22 +96,17 @@ def summarise(config: Config, arrays: Mapping[str, np.ndarray]) -> list[dict[str
 
 def report(config: Config, rows: Sequence[Mapping[str, Any]]) -> str:
     """The table, and in words how many push both responses equally."""
-    lines = [f"{'loss':<36} {'d_w':>9} {'d_l':>9} {'range of d_w':>22} {'range of d_l':>22}  equal"]
-    for row in rows:
-        ranges = [
-            f"{low:.3g} to {high:.3g}" for low, high in zip(row["least"], row["most"], strict=True)
-        ]
-        lines.append(
-            f"{row['loss']:<36} {row['d_w']:>9.4g} {row['d_l']:>9.4g}"
-            f" {ranges[0]:>22} {ranges[1]:>22}  {row['equal']}"
-        )
+    head = ["loss", "d_w", "d_l", "range of d_w", "range of d_l", "equal"]
+    lines = [[row["loss"], f"{row['d_w']:.4g}", f"{row['d_l']:.4g}",
+              *(f"{low:.3g} to {high:.3g}" for low, high in zip(row["least"], row["most"],
+                                                                strict=True)), row["equal"]]
+             for row in rows]  # fmt: skip
     counts = {word: sum(r["equal"] == word for r in rows) for word in ("yes", "by token", "no")}
     held = "holds" if counts["no"] > len(rows) / 2 else "does not hold"
-    lines.append(
-        f"\nOf {len(rows)} losses {counts['yes']} push both responses equally and"
-        f" {counts['by token']} do token by token; {counts['no']} do not. The claim {held}."
+    return (
+        f"{table(head, lines)}\n\nOf {len(rows)} losses {counts['yes']} push both responses equally"
+        f" and {counts['by token']} do token by token; {counts['no']} do not. The claim {held}."
     )
-    return "\n".join(lines)
 
 
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:

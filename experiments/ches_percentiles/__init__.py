@@ -13,11 +13,11 @@ Unlike there, every subset is also trained with labels by coin and by supervisio
 chance choose subsets too, and pairs that were not trained on are measured beside those that were.
 """
 
-from experiments.ches_percentiles.figure import draw as draw
 from experiments.ches_percentiles.measure import run as run
 from experiments.ches_percentiles.protocol import SMOKE as SMOKE
 from experiments.ches_percentiles.protocol import Config as Config
 from experiments.ches_percentiles.protocol import load as load
 from experiments.ches_percentiles.protocol import quantile_slice as quantile_slice
+from experiments.ches_percentiles.report import draw as draw
 from experiments.ches_percentiles.report import report as report
 from experiments.ches_percentiles.report import summarise as summarise

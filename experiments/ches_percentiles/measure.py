@@ -51,8 +51,7 @@ def trainings(config: Config, begin: Callable[[], arms.Begun], drawn: Record, se
         for number, places in enumerate(tqdm(subsets, f"{name}, seed {seed}", unit="subset")):
 
             def arm(name=name, rows=drawn["pool"][places]):
-                return arms.follow(begin().on(rows), protocol.arm_of(config, name), name=name,
-                                   looks=looks(config))  # fmt: skip
+                return arms.follow(begin().on(rows), name, looks(config))
 
             made.append(running.kept(folder, f"{seed}_{number}_{name}", arm))
         for what in made[0]:

@@ -54,17 +54,7 @@ def names(config: Config) -> tuple[str, ...]:
 
 def looks(config: Config) -> list[int]:
     """Updates after which arms are looked at: those of the whole training."""
-    return arms.looks_of(_of_subset(config), (config.epochs,))
-
-
-def arm_of(config: Config, name: str) -> arms.Arm:
-    """Loss, labels and length of an arm."""
-    return arms.arm_of(_of_subset(config), name, looks(config)[-1])
-
-
-def _of_subset(config: Config) -> Config:
-    """The settings by which a subset is trained on: its epochs are over its own pairs."""
-    return dataclasses.replace(config, pairs=config.subset)
+    return arms.looks_of(dataclasses.replace(config, pairs=config.subset), (config.epochs,))
 
 
 def quantile_slice(scores: np.ndarray, percentile: float, size: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The forecast, said aloud, and then the training."""
 
-import functools
 from pathlib import Path
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments.displacement.protocol import Config, arm_of, load, looks
+from experiments.displacement.protocol import Config, load, looks
 from experiments.displacement.report import foretold
 from experiments.protocol import arms, foresight
 from experiments.protocol.arms import ARMS
@@ -25,14 +24,14 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     begin = arms.starts(config, subject, pairs, losses, folder)
 
     def first(begun):
-        unseen, seen = begun.parts.unseen, foresight.foresee(begun, arm_of(config, "dpo"))
+        unseen, arm = begun.parts.unseen, arms.arm_of(config, "dpo", looks(config)[-1])
+        seen = foresight.foresee(begun, arm)
         there = jax.tree.map(jnp.add, begun.params, seen.replay)
         forecast = pairs.logps(there, unseen) - begun.pairs.known[unseen]
         tqdm.write(foretold(unseen, forecast[:, 0], pairs, subject.tokenizer))
         return {**begun.look(), "forecast": forecast}
 
     def arm(name, begun):
-        return arms.follow(begun, arm_of(config, name), name=name, looks=looks(config))
+        return arms.follow(begun, name, looks(config))
 
-    parts = {name: functools.partial(arm, name) for name in ARMS}
-    return arms.over_seeds(config, folder, begin, ("forecast", first), parts)
+    return arms.over_seeds(config, folder, begin, ("forecast", first), ARMS, arm)

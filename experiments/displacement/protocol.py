@@ -28,11 +28,6 @@ def looks(config: Config) -> list[int]:
     return arms.looks_of(config, range(1, config.epochs + 1))
 
 
-def arm_of(config: Config, name: str) -> arms.Arm:
-    """Loss, labels and length of an arm."""
-    return arms.arm_of(config, name, looks(config)[-1])
-
-
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     checks.at_least(1, config, "epochs")

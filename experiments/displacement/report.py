@@ -12,6 +12,7 @@ from experiments.protocol import changes
 from experiments.protocol.arms import ARMS
 from experiments.protocol.changes import COLOURS, NAMES, of_set
 from experiments.protocol.correlation import auc
+from experiments.protocol.figures import courses
 from experiments.protocol.tables import percent, spread, table
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.training.pairset import PairSet
@@ -100,16 +101,8 @@ def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """Courses of the unseen chosen responses, and the forecast against what came."""
     rows = summarise(config, arrays)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for arm in ARMS:
-        some = [r for r in rows if (r["table"], r.get("arm"), r.get("set"))
-                == ("changes", arm, "unseen")]  # fmt: skip
-        x = [0, *(r["updates"] for r in some)]
-        left.plot(x, [0, *(r["chosen"] for r in some)], "o-", color=COLOURS[arm], label=NAMES[arm])
-        band = np.array([[0, 0], *(r["chosen_95"] for r in some)]).T
-        left.fill_between(x, *band, color=COLOURS[arm], alpha=0.15, lw=0)
-    left.axhline(0, color="black", lw=0.6)
-    left.set(title="preferred answers that were not trained on", xlabel="updates",
-             ylabel="change of log-probability (nats)")  # fmt: skip
+    courses(left, rows, "unseen")
+    left.set_title("preferred answers that were not trained on")
     left.legend()
     expected = arrays["forecast"][..., 0].ravel()
     measured = of_set(config, arrays["dpo_change"][:, -1, :, 0], "unseen").ravel()

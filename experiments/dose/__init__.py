@@ -10,10 +10,10 @@ Source:  ours; the protocols of Razin et al. (2024), https://arxiv.org/abs/2410.
          al. (2024), https://arxiv.org/abs/2410.13828, differ in just these three.
 """
 
-from experiments.dose.figure import draw as draw
 from experiments.dose.measure import run as run
 from experiments.dose.protocol import SMOKE as SMOKE
 from experiments.dose.protocol import Config as Config
 from experiments.dose.protocol import load as load
+from experiments.dose.report import draw as draw
 from experiments.dose.report import report as report
 from experiments.dose.report import summarise as summarise

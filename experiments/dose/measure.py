@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.dose.protocol import Config, arm_of, doses, load, looks
+from experiments.dose.protocol import Config, doses, load, looks
 from experiments.protocol import arms, inputs
 from jaxpref.training.courses import programs
 from jaxpref.training.objectives import objective
@@ -34,10 +34,8 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
         return begin(config.starts[0]).look()
 
     def course(dose, begin):
-        return arms.follow(begin(dose.start), arm_of(config, dose), name=str(dose),
-                           looks=looks(config))  # fmt: skip
+        begun, own = begin(dose.start), dataclasses.replace(config, rate=dose.rate)
+        return arms.follow(begun._replace(config=own), dose.arm, looks(config))
 
-    parts = {str(dose): functools.partial(course, dose) for dose in doses(config)}
-    return arms.over_seeds(
-        config, folder, lambda seed: functools.partial(begun, seed), ("probes", first), parts
-    )
+    begin = functools.partial(functools.partial, begun)
+    return arms.over_seeds(config, folder, begin, ("probes", first), doses(config), course)

@@ -5,7 +5,7 @@ import itertools
 from typing import NamedTuple
 
 from experiments.protocol import arms, inputs, settings
-from experiments.protocol.arms import ARMS, Arm
+from experiments.protocol.arms import ARMS
 from experiments.protocol.settings import Protocol
 from jaxpref.training.pairset import PairSet
 
@@ -48,11 +48,6 @@ def doses(config: Config) -> list[Dose]:
 def looks(config: Config) -> list[int]:
     """Updates after which each is looked at."""
     return arms.looks_of(config, config.epochs)
-
-
-def arm_of(config: Config, dose: Dose) -> Arm:
-    """Loss, labels, rate and length."""
-    return arms.arm_of(config, dose.arm, looks(config)[-1])._replace(rate=dose.rate)
 
 
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:

@@ -12,10 +12,10 @@ Every loss starts from the same parameters and sees the same batches in the same
 updates a loss's own scale drops out.
 """
 
-from experiments.entanglement_dynamics.figure import draw as draw
 from experiments.entanglement_dynamics.measure import run as run
 from experiments.entanglement_dynamics.protocol import SMOKE as SMOKE
 from experiments.entanglement_dynamics.protocol import Config as Config
 from experiments.entanglement_dynamics.protocol import load as load
+from experiments.entanglement_dynamics.report import draw as draw
 from experiments.entanglement_dynamics.report import report as report
 from experiments.entanglement_dynamics.summary import summarise as summarise

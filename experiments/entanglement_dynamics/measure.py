@@ -1,6 +1,5 @@
 """Every loss from the same start, on trained and on unseen pairs."""
 
-import functools
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
         return begun.look(("lengths", "logp")) | pulls
 
     def arm(name, begun):
-        return arms.follow(begun, protocol.arm_of(config, name), name=name, looks=looks[name])
+        return arms.follow(begun, name, looks[name])
 
-    parts = {name: functools.partial(arm, name) for name in protocol.names(config)}
-    return arms.over_seeds(config, folder, begin, ("start", first), parts)
+    names = protocol.names(config)
+    return arms.over_seeds(config, folder, begin, ("start", first), names, arm)

@@ -48,11 +48,6 @@ def looks(config: Config) -> dict[str, list[int]]:
     return found
 
 
-def arm_of(config: Config, name: str) -> arms.Arm:
-    """Loss, labels and length of an arm."""
-    return arms.arm_of(config, name, looks(config)[name][-1])
-
-
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     for name in (*config.losses, *config.longer):

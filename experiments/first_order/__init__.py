@@ -11,22 +11,10 @@ Expect:  after one step the points lie on the diagonal over several decades of t
 Source:  Yuan et al. (2024), Section 3, https://arxiv.org/abs/2410.13828
 """
 
-from experiments.first_order.figure import COLOURS as COLOURS
-from experiments.first_order.figure import draw as draw
-from experiments.first_order.measure import Programs as Programs
-from experiments.first_order.measure import measure as measure
-from experiments.first_order.measure import own_metric as own_metric
-from experiments.first_order.measure import programs as programs
 from experiments.first_order.measure import run as run
 from experiments.first_order.protocol import SMOKE as SMOKE
 from experiments.first_order.protocol import Config as Config
-from experiments.first_order.protocol import Part as Part
 from experiments.first_order.protocol import load as load
-from experiments.first_order.protocol import parts as parts
-from experiments.first_order.protocol import rates_of as rates_of
-from experiments.first_order.summary import HOLDS as HOLDS
-from experiments.first_order.summary import correlation as correlation
-from experiments.first_order.summary import ends as ends
-from experiments.first_order.summary import r_squared as r_squared
-from experiments.first_order.summary import report as report
-from experiments.first_order.summary import summarise as summarise
+from experiments.first_order.report import draw as draw
+from experiments.first_order.report import report as report
+from experiments.first_order.report import summarise as summarise

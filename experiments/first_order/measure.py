@@ -1,8 +1,9 @@
 """Predictions of an optimizer's steps, and what the steps did."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from experiments.first_order.protocol import Config, Part, load, parts, rates_of
 from experiments.protocol import arms, running
 from jaxpref import diagnostics, gradients
 from jaxpref.data import batches
+from jaxpref.data.batches import Batch
 from jaxpref.training import courses
 from jaxpref.training.linearised import linearised
 from jaxpref.training.objectives import objective
@@ -22,39 +24,33 @@ from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import tree_norm
 
 
-def logp_and_change(logp_fn, params: PyTree, arrays: Any, tangent: PyTree) -> tuple[Array, Array]:
-    """Log-probabilities ``[pairs 2]`` and their exact first-order change along a direction."""
+@functools.partial(jax.jit, static_argnums=0)
+def change(pairs: PairSet, params: PyTree, batch: Batch, tangent: PyTree) -> Array:
+    """Exact first-order change ``[pairs 2]`` of log-probabilities along a direction."""
 
     def one(pair):
-        return gradients.directional(lambda p: logp_fn(p, pair), params, tangent)
+        return gradients.directional(lambda p: pairs.logp(p, pair), params, tangent)[1]
 
-    return jax.lax.map(one, arrays)
-
-
-class Programs(NamedTuple):
-    """The compiled functions that all parts of a run share."""
-
-    slope: Any  # (params, batch, clip) -> (pull, gradient of the mean loss clipped, factor)
-    logp: Any  # (params, batch) -> [pairs 2]
-    change: Any  # (params, arrays, tangent) -> (logp, change)
+    return jax.lax.map(one, batch[:3])
 
 
-def programs(config: Config, pairs: PairSet) -> Programs:
-    """Compiled once a run: the optimizer is applied outside of them."""
+Slope = Callable[[PyTree, Batch, float | Array], tuple[Array, PyTree, Array]]
+
+
+def slope_of(config: Config, pairs: PairSet) -> Slope:
+    """``(params, batch, clip) -> pull, gradient of the mean loss, clipped, and by which factor``.
+
+    Compiled once a run: the optimizer is applied outside of it.
+    """
     dpo = courses.programs(pairs, {"dpo": objective("dpo", beta=config.beta)})
     number = dpo.number("dpo")
 
     def slope(params, batch, clip):
-        parts = (batch,)
-        gram, given = dpo.gram(params, parts, "dpo"), np.zeros(len(batch.tokens), bool)
-        _, pull, gradient = dpo.slope(params, parts, number, given, gram)
+        gram, given = dpo.gram(params, (batch,), "dpo"), np.zeros(len(batch.tokens), bool)
+        _, pull, gradient = dpo.slope(params, (batch,), number, given, gram)
         return pull, *_clipped(gradient, clip)
 
-    return Programs(
-        slope,
-        jax.jit(lambda params, batch: pairs.score(params, batch).logp),
-        jax.jit(functools.partial(logp_and_change, pairs.logp)),
-    )
+    return slope
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -87,7 +83,7 @@ def _moved(params, rate, direction):
     return jax.tree.map(lambda p, u: p + jnp.asarray(rate, u.dtype) * u, params, direction)
 
 
-def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -> dict[str, Any]:
+def measure(config: Config, part: Part, pairs: PairSet, params, slope: Slope) -> dict[str, Any]:
     """Predictions and measurements of one part.
 
     Returns:
@@ -103,40 +99,35 @@ def measure(config: Config, part: Part, pairs: PairSet, params, run: Programs) -
     params, state = jax.tree.map(jnp.copy, params), optimizer.init(params)
     for at in range(config.warm):
         begin = len(probes) + at * n
-        _, gradient, _ = run.slope(params, pairs.rows(drawn[begin : begin + n]), clip)
+        _, gradient, _ = slope(params, pairs.rows(drawn[begin : begin + n]), clip)
         params, state = courses.updated(optimizer, params, state, gradient, jnp.float32(rates[0]))
 
     batch, seen = pairs.rows(trained), pairs.rows(probes)
-    pull, gradient, factor = run.slope(params, batch, clip)
+
+    def logp(params):
+        return pairs.logps(params, probes, batch=len(probes))
+
+    pull, gradient, factor = slope(params, batch, clip)
     metric, carried = own_metric(part.optimizer, params, state, gradient)
     update = jax.tree.map(lambda c, d, g: c - d * g, carried, metric, gradient)
-    arrays = seen[:3]
-    start, total = run.change(params, arrays, update)
-    _, momentum = run.change(params, batch[:3], carried)
+    total, momentum = change(pairs, params, seen, update), change(pairs, params, batch, carried)
     gram = courses.grams(pairs, params, batch, metric)
     own = momentum + diagnostics.first_order_change(gram, pull) * factor / n
-    frozen = run.change(
-        params, arrays, _frozen(part.optimizer, config.steps, params, state, gradient)
-    )[1]
-    after = np.zeros((2, len(rates), *start.shape))
+    direction = _frozen(part.optimizer, config.steps, params, state, gradient)
+    frozen = change(pairs, params, seen, direction)
+    after = np.zeros((2, len(rates), *total.shape))
     for i, rate in enumerate(rates):
         size = jnp.float32(rate)
-        after[0, i] = run.logp(_moved(params, size, update), seen)
+        after[0, i] = logp(_moved(params, size, update))
         moving, kept = (jax.tree.map(jnp.copy, x) for x in (params, state))
         for _ in range(config.steps):
-            _, slope, _ = run.slope(moving, batch, clip)
-            moving, kept = courses.updated(optimizer, moving, kept, slope, size)
-        after[1, i] = run.logp(moving, seen)
-    before = np.asarray(run.logp(params, seen))
+            _, gradient, _ = slope(moving, batch, clip)
+            moving, kept = courses.updated(optimizer, moving, kept, gradient, size)
+        after[1, i] = logp(moving)
     return {
-        "total": total,
-        "own": own,
-        "frozen": frozen,
-        "gram": gram,
-        "pull": pull,
-        "factor": factor,
-        "measured": after - before,
-    }
+        "total": total, "own": own, "frozen": frozen, "gram": gram, "pull": pull,
+        "factor": factor, "measured": after - logp(params),
+    }  # fmt: skip
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
@@ -144,18 +135,17 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     subject, pairs = load(config)
     todo = parts(config)
 
-    def begin() -> tuple[Any, PairSet, Programs]:
+    def begin() -> tuple[PairSet, Any, Slope]:
         course = courses.Course(np.arange(len(pairs)), config.pairs, 0)
         rates = (config.supervised_rate,) * config.supervised
         only = courses.programs(pairs, {"sft": objective("sft")})
         params = arms.supervised(only, pairs, subject.params, course, rates)
-        return params, pairs.referring_to(params), programs(config, pairs)
+        return pairs.referring_to(params), params, slope_of(config, pairs)
 
     begun = functools.cache(begin)  # not for a run that is only read back
 
     def make(part: Part) -> dict[str, Any]:
-        params, ready, compiled = begun()
-        return measure(config, part, ready, params, compiled)
+        return measure(config, part, *begun())
 
     bar, records = tqdm(todo, "parts", unit="part"), []
     for part in bar:

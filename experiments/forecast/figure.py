@@ -12,36 +12,22 @@ from experiments.forecast.protocol import Config
 from experiments.forecast.summary import SIGNALS, at_horizon, forecasts, summarise
 from experiments.protocol.arms import ARMS
 from experiments.protocol.changes import COLOURS, NAMES, of_set
+from experiments.protocol.figures import courses
 
 
 def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
     """Six panels, from the arrays of a run."""
     rows = summarise(config, arrays)
     figure, axes = plt.subplots(2, 3, figsize=(16.5, 9.5), layout="constrained")
-    _course(axes[0, 0], rows, "unseen", "chosen")
-    _course(axes[0, 1], rows, "trained", "chosen")
+    for panel, which in zip(axes[0], ("unseen", "trained"), strict=False):
+        courses(panel, rows, which)
+        panel.set_title(f"chosen responses of {which} pairs")
+        panel.legend(fontsize=8)
     _scatter(axes[0, 2], config, arrays)
     _areas(axes[1, 0], rows)
     _made_of(axes[1, 1], rows)
     _mass(axes[1, 2], rows)
     return figure
-
-
-def _course(panel: Axes, rows: list, which: str, side: str) -> None:
-    for arm in ARMS:
-        some = [
-            r for r in rows if (r["table"], r.get("arm"), r.get("set")) == ("changes", arm, which)
-        ]
-        x = [0, *(r["updates"] for r in some)]
-        panel.plot(
-            x, [0, *(r[side] for r in some)], "o-", ms=4, color=COLOURS[arm], label=NAMES[arm]
-        )
-        band = np.array([[0, 0], *(r[f"{side}_95"] for r in some)]).T
-        panel.fill_between(x, *band, color=COLOURS[arm], alpha=0.15, lw=0)
-    panel.axhline(0, color="black", lw=0.6)
-    panel.set(title=f"{side} responses of {which} pairs", xlabel="updates",
-              ylabel="change of log-probability (nats)")  # fmt: skip
-    panel.legend(fontsize=8)
 
 
 def _scatter(panel: Axes, config: Config, arrays: Mapping[str, np.ndarray]) -> None:

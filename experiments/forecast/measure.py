@@ -63,8 +63,11 @@ def forecast(config: Config, begun: arms.Begun) -> dict[str, np.ndarray]:
     for name in ("plain", "metric", "replay"):
         told = foresight.told(pairs, params, getattr(seen, name), probes, moved=name != "plain")
         found |= _named(name, told)
+    told = foresight.told(pairs, params, foresight.astray(seen.metric, begun.seed), probes,
+                          moved=False)  # fmt: skip
+    found |= _named("astray", told)
     scale = seen.scale
-    del seen
+    del seen, told
     plain = functools.partial(grams, pairs, params)
     found["gram"] = pairs.sweep(plain, probes, batch=4)
     weighed = functools.partial(grams, pairs, params, metric=scale)
@@ -147,10 +150,6 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             if number == protocol.horizon(config):
                 found.update(explained(config, begun, others, tokenizer, params, state))
 
-        return found | arms.follow(
-            begun, protocol.arm_of(config, name), name=name, looks=protocol.looks(config, name),
-            also=also,
-        )  # fmt: skip
+        return found | arms.follow(begun, name, protocol.looks(config, name), also=also)
 
-    parts = {name: functools.partial(arm, name) for name in ARMS}
-    return arms.over_seeds(config, folder, begin, ("forecast", first), parts)
+    return arms.over_seeds(config, folder, begin, ("forecast", first), ARMS, arm)

@@ -42,11 +42,6 @@ def horizon(config: Config) -> int:
     return arms.updates_of(config, HORIZON)
 
 
-def arm_of(config: Config, name: str) -> arms.Arm:
-    """Loss, labels and length of an arm."""
-    return arms.arm_of(config, name, looks(config, name)[-1])
-
-
 def epoch_of(config: Config) -> arms.Arm:
     """DPO over the epoch that is forecast."""
     return arms.arm_of(config, "dpo", horizon(config))

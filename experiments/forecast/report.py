@@ -33,7 +33,7 @@ def report(config: Config, rows: Rows) -> str:
         "tokens of unseen responses: how far the greedy token was from the start's, and where mass"
         " went:",
         _tokens(by["tokens"]),
-        _verdict(config, by),
+        changes.verdict(config, _verdict(config, by)),
     ])  # fmt: skip
 
 

@@ -26,6 +26,7 @@ FORECASTS = {  # of the change of both responses, in nats; what each costs, besi
     "replay, with drag": EPOCH,
     "replay, model moved": EPOCH,
 }
+ASTRAY = "a random direction"  # as far as the metric goes
 FORWARD, NOTHING, OWN = "1 forward", "none", "1 forward and backward a response"
 SIGNALS = {  # larger: a fall of the chosen response is expected
     **FORECASTS,
@@ -37,6 +38,7 @@ SIGNALS = {  # larger: a fall of the chosen response is expected
     "log-probability at the start": FORWARD,
     "log-probability a token": FORWARD,
     "length": NOTHING,
+    ASTRAY: "1 JVP of a probe",
     "chance": NOTHING,
 }
 EXPLANATIONS = ("run's movement, first order", "run's movement, with drag")  # known afterwards
@@ -59,12 +61,13 @@ def signals(config: Config, arrays: Arrays) -> dict[str, np.ndarray]:
     logp, lengths = arrays["logp"][..., 0], arrays["lengths"][..., 0]
     chance = np.random.default_rng(0).random(logp.shape)
     expected = {name: -x[..., 0] for name, x in forecasts(arrays).items()}
-    weighed = np.full_like(logp, np.nan)
+    weighed, unknown = np.full_like(logp, np.nan), np.full((*logp.shape, 2), np.nan)
+    astray = -arrays.get("astray_change", unknown)[..., 0]  # runs of before have none
     weighed[:, config.trained :] = (arrays["metric_gram"] @ pull)[..., 0]
     rest = [
         (arrays["gram"] @ pull)[..., 0], weighed,
         arrays["alpha_weighted_ches"], arrays["ches"], arrays["ches_length_normalised"],
-        -logp, -logp / lengths, lengths, chance,
+        -logp, -logp / lengths, lengths, astray, chance,
     ]  # fmt: skip
     others = [name for name in SIGNALS if name not in FORECASTS]
     return {**expected, **dict(zip(others, rest, strict=True))}

@@ -26,19 +26,9 @@ Predictions are those of plain gradients. Training is by Adam, whose metric diff
 """
 
 from experiments.loss_comparison.figure import draw as draw
-from experiments.loss_comparison.measure import Look as Look
-from experiments.loss_comparison.measure import Programs as Programs
-from experiments.loss_comparison.measure import programs as programs
 from experiments.loss_comparison.measure import run as run
-from experiments.loss_comparison.protocol import FAMILIES as FAMILIES
 from experiments.loss_comparison.protocol import SMOKE as SMOKE
 from experiments.loss_comparison.protocol import Config as Config
-from experiments.loss_comparison.protocol import family as family
 from experiments.loss_comparison.protocol import load as load
-from experiments.loss_comparison.protocol import look_steps as look_steps
-from experiments.loss_comparison.protocol import names as names
 from experiments.loss_comparison.report import report as report
-from experiments.loss_comparison.summary import chosen_rates as chosen_rates
-from experiments.loss_comparison.summary import predicted as predicted
-from experiments.loss_comparison.summary import regimes as regimes
 from experiments.loss_comparison.summary import summarise as summarise

@@ -64,10 +64,11 @@ def predicted(config: Config, arrays: running.Arrays) -> dict[str, np.ndarray]:
     """First-order changes at the start, nats per unit of step ``[losses seeds pairs 2]``.
 
     ``all``: of training and test pairs, from their Gram with all training pairs; ``own``: of
-    training pairs, each from its own Gram alone.
+    training pairs, each from its own Gram alone; ``ratio``: of training pairs, from the pulls
+    alone, as if all gradients were as long and apart.
     """
     n = config.train
-    found: dict[str, list] = {"all": [], "own": []}
+    found: dict[str, list] = {"all": [], "own": [], "ratio": list(-arrays["pull"].astype(float))}
     for pulls in arrays["pull"].astype(np.float64):
         every, own = [], []
         for gram, pull in zip(arrays["gram"].astype(np.float64), pulls, strict=True):
@@ -138,15 +139,14 @@ def _foreseen(config: Config, arrays: running.Arrays) -> dict[str, np.ndarray]:
     n, test = config.train, rows_of(config, "test")
     trained = {
         "measured": regimes(moved[:, :, :n]),
-        "all": regimes(change["all"][:, :, :n]),
-        "own": regimes(change["own"]),
+        **{kind: regimes(each[:, :, :n]) for kind, each in change.items()},
     }
     found = {
         f"{kind}_{regime.name.lower()}": (each == regime).mean(axis=-1)
         for kind, each in trained.items()
         for regime in SHOWN
     }
-    for kind in ("all", "own"):
+    for kind in change:
         found[f"agree_{kind}"] = (trained[kind] == trained["measured"]).mean(axis=-1)
     return found | {
         "share_measured": share(moved[:, :, :n]),
@@ -169,18 +169,34 @@ def _same_sign(change: np.ndarray, moved: np.ndarray) -> np.ndarray:
 PREDICTORS = {
     "all": "all pairs' Gram, training pairs",
     "own": "each pair's own Gram, training pairs",
+    "ratio": "the pull ratio alone, training pairs",
+    "up": "every loss raises the chosen, training pairs",
     "test": "Gram with the training pairs, test pairs",
+    "test_ratio": "the pull ratio alone, test pairs",
+    "test_up": "every loss raises the chosen, test pairs",
 }
 
 
 def _predictors(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
-    """Spearman's correlation over losses, of each seed, with the spread over resampled pairs."""
+    """Spearman's correlation over losses, of each seed, with the spread over resampled pairs.
+
+    And ``signs``, the share of losses and seeds whose mean chosen response goes the way foreseen.
+    """
     moved, change = courses(config, arrays)[:, :, -1], predicted(config, arrays)
-    n, test = config.train, rows_of(config, "test")
+    n, trained, tested = (
+        config.train,
+        moved[:, :, : config.train],
+        moved[:, :, rows_of(config, "test")],
+    )
+    ratio = np.broadcast_to(change["ratio"].mean(axis=2, keepdims=True), tested.shape)
     both = {
-        "all": (change["all"][:, :, :n], moved[:, :, :n]),
-        "own": (change["own"], moved[:, :, :n]),
-        "test": (change["all"][:, :, n:], moved[:, :, test]),
+        "all": (change["all"][:, :, :n], trained),
+        "own": (change["own"], trained),
+        "ratio": (change["ratio"], trained),
+        "up": (np.ones_like(trained), trained),
+        "test": (change["all"][:, :, n:], tested),
+        "test_ratio": (ratio, tested),
+        "test_up": (np.ones_like(tested), tested),
     }
     rows = []
     for name, (x, y) in both.items():
@@ -191,7 +207,7 @@ def _predictors(config: Config, arrays: running.Arrays) -> list[dict[str, Any]]:
         each = [one(slice(None)) for one in seeds]
         rows.append(
             {"kind": "predictor", "name": name, "rho": _mean(np.array(each)), "rho_seeds": each,
-             "low": float(low), "high": float(high)}
+             "low": float(low), "high": float(high), "signs": float(_same_sign(x, y).mean())}
         )  # fmt: skip
     return rows
 

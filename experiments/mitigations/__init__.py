@@ -14,10 +14,10 @@ Source:  Yuan et al. (2024), Section 5, https://arxiv.org/abs/2410.13828; DPO-po
          https://arxiv.org/abs/2604.18239
 """
 
-from experiments.mitigations.figure import draw as draw
 from experiments.mitigations.measure import run as run
 from experiments.mitigations.protocol import SMOKE as SMOKE
 from experiments.mitigations.protocol import Config as Config
 from experiments.mitigations.protocol import load as load
+from experiments.mitigations.report import draw as draw
 from experiments.mitigations.report import report as report
 from experiments.mitigations.summary import summarise as summarise

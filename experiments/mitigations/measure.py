@@ -67,9 +67,9 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             kl[looks.index(number)] = kl_of(params)
 
         return {"kl": kl} | arms.follow(
-            begun, protocol.arm_of(config, name), name=name, looks=looks, also=also,
+            begun, "dpo" if name == MASK else name, looks, also=also,
             shown=contrasted(begun) if name == MASK else None,
         )  # fmt: skip
 
-    parts = {name: functools.partial(arm, name) for name in protocol.names(config)}
-    return arms.over_seeds(config, folder, begin, ("start", first), parts)
+    names = protocol.names(config)
+    return arms.over_seeds(config, folder, begin, ("start", first), names, arm)

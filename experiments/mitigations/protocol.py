@@ -102,11 +102,6 @@ def looks(config: Config) -> list[int]:
     return arms.looks_of(config, config.epochs)
 
 
-def arm_of(config: Config, name: str) -> arms.Arm:
-    """Loss, labels and length of an arm."""
-    return arms.arm_of(config, "dpo" if name == MASK else name, looks(config)[-1])
-
-
 def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     for name in config.methods:

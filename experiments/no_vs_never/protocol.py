@@ -11,7 +11,7 @@ import numpy as np
 from experiments.protocol import checks, inputs
 from jaxpref.data import files, statements
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import bounds, pretrained
+from jaxpref.models import bounds
 
 Train = Literal["all", "unembedding", "tabular"]
 Loss = Literal["dpo", "ipo", "hinge"]  # of the margin alone: what the theorems are about
@@ -178,9 +178,5 @@ def hashes(config: Config) -> dict[str, Any]:
     # The question, the end of its line, and any one token as the answer.
     asked = [[*subject.tokenizer.encode(x.question + "\n"), 0] for x in rows]
     bounds.check(subject.policy.bounds, asked, [f"question {n}" for n in range(len(asked))])
-    revision = {"model_revision": subject.revision} if subject.revision else {}
-    return revision | {
-        "model": pretrained.hash_params(subject.params),
-        "data": hashlib.sha256(repr(rows).encode()).hexdigest(),
-        "skipped": inputs.without_folders(skipped),
-    }
+    data = hashlib.sha256(repr(rows).encode()).hexdigest()
+    return inputs.provenance(subject, data, skipped)

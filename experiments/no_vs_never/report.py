@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.no_vs_never.protocol import LOOKS, PREDICTIONS, Config, cells, gains_after
 from experiments.protocol import inputs
+from experiments.protocol.tables import judged
 from jaxpref import diagnostics
 
 Arrays = Mapping[str, np.ndarray]
@@ -155,18 +156,17 @@ def _verdict(config: Config, rows: Sequence[Row]) -> Iterator[str]:
         return min((x for x in r["change_nats"] if np.isfinite(x)), default=np.inf)
 
     real = [r for r in rows if r["train"] == "all"]
+    size = config.prompts, count("prompts", real)  # a prompt is a seed, and a pair in each setting
     fell, lowest = count("ended_below_start", real), min(real, key=least)
     yield (
         f"Displacement (Definition 1): the chosen answer ended below its start in {fell} of"
         f" {count('prompts', real)} runs of {config.updates} updates; the lowest end is"
-        f" {least(lowest):+.2f} nats from its start ({_setting(lowest)})"
-        + ("." if fell else ": the claim's strong form does not hold here.")
+        f" {least(lowest):+.2f} nats from its start ({_setting(lowest)})" + "."
     )
     worst = max(real, key=most)
-    held = "holds." if most(worst) >= 0.1 else "does not hold here (under 10 %)."
     yield (
         f"Mass to the opposite meaning: at most {most(worst):.0%} of what was gained"
-        f" ({_setting(worst)}): the headline {held}"
+        f" ({_setting(worst)})."
     )
     for train, name in CONTROLS.items():
         some = [r for r in rows if r["train"] == train]
@@ -180,3 +180,5 @@ def _verdict(config: Config, rows: Sequence[Row]) -> Iterator[str]:
             f" opposite meaning gets at most {max(map(most, some)):.0%} of what was gained."
             + (f" In {far} no rate reached the margin: they prove nothing." if far else "")
         )
+    said = f"The headline {'holds' if most(worst) >= 0.1 else 'does not hold here (under 10 %)'}."
+    yield judged(*size, said + " The claim's strong form does not hold here." * (not fell))

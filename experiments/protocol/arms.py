@@ -1,5 +1,6 @@
 """The arms of a comparison, the start that they share, and what is measured on the way."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,7 +81,8 @@ class Begun(NamedTuple):
 
     def on(self, rows: np.ndarray) -> "Begun":
         """The same with these rows for the preference part."""
-        return self._replace(parts=self.parts._replace(preference=rows))
+        config = dataclasses.replace(self.config, pairs=len(rows))
+        return self._replace(config=config, parts=self.parts._replace(preference=rows))
 
     def course(self, labels: Labels) -> Course:
         """The preference part, in the order of the seed."""
@@ -150,22 +152,26 @@ def supervised(
 
 def follow(
     begun: Begun,
-    arm: Arm,
-    *,
     name: str,
     looks: Sequence[int],
+    *,
     also: Callable[[int, PyTree, PyTree], None] = lambda updates, params, state: None,
     shown: PairSet | None = None,
 ) -> dict[str, np.ndarray]:
     """Trains one arm on the preference part and measures its probes on the way.
 
-    It may be `shown` the pairs in another form, with its own references, in the same sizes.
+    Args:
+        begun: The start.
+        name: Of the arm, as of `arm_of`.
+        looks: Updates after which it is looked at, the last of them the end.
+        also: What else is done then, ``(updates, parameters, optimizer's state)``.
+        shown: The pairs in another form, with its own references, in the same sizes.
 
     Returns:
         The arrays of `courses.Trained`, and ``change [looks probes 2]`` of log-probabilities since
         the start, in nats, NaN from where the arm diverged.
     """
-    probes = begun.probes
+    arm, probes = arm_of(begun.config, name, looks[-1]), begun.probes
     before = begun.pairs.known[probes]
     change = np.full((len(looks), len(probes), 2), np.nan, np.float32)
 
@@ -213,7 +219,8 @@ def over_seeds(
     folder: Path | None,
     begin: Callable[[int], Any],
     first: tuple[str, Callable[[Any], Mapping[str, Any]]],
-    parts: Mapping[str, Callable[[Any], Mapping[str, Any]]],
+    names: Iterable[Any],
+    arm: Callable[[Any, Any], Mapping[str, Any]],
 ) -> dict[str, np.ndarray]:
     """All parts of a run, seed after seed, each made once and kept in the run's folder.
 
@@ -222,7 +229,8 @@ def over_seeds(
         folder: Of the run.
         begin: What all parts of a seed begin from; called when the first of them is to be made.
         first: A part by name, whose arrays keep their names.
-        parts: Further parts by name; to their arrays' names their own is put, ``{part}_{array}``.
+        names: Of further parts, which are put to their arrays' names, ``{part}_{array}``.
+        arm: ``(name, what they begin from) ->`` the arrays of such a part.
 
     Returns:
         All arrays with a leading axis ``seeds``.
@@ -231,8 +239,9 @@ def over_seeds(
     for seed in range(config.seeds):
         begun = functools.cache(functools.partial(begin, seed))
         record = running.kept(folder, f"{seed}_{first[0]}", lambda begun=begun: first[1](begun()))
-        for name, make in tqdm(parts.items(), f"seed {seed}", unit="part"):
-            made = running.kept(folder, f"{seed}_{name}", lambda m=make, begun=begun: m(begun()))
+        for name in tqdm(names, f"seed {seed}", unit="part"):
+            make = lambda name=name, begun=begun: arm(name, begun())  # noqa: E731
+            made = running.kept(folder, f"{seed}_{name}", make)
             record |= {f"{name}_{key}": value for key, value in made.items()}
         seeds.append(record)
     return {name: np.stack([record[name] for record in seeds]) for name in seeds[0]}

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.protocol.intervals import clustered, mean_of
 from experiments.protocol.settings import Protocol
-from experiments.protocol.tables import percent, spread, table
+from experiments.protocol.tables import judged, percent, spread, table
 
 SETS = ("trained", "unseen")
 SIDES = ("chosen", "rejected")
@@ -22,9 +22,13 @@ def of_set(config: Protocol, x: np.ndarray, which: str) -> np.ndarray:
     return x[:, : config.trained] if which == "trained" else x[:, config.trained :]
 
 
-def about(name: str, config: Protocol, function: Callable[..., Any], *columns: np.ndarray
-          ) -> dict[str, Any]:  # fmt: skip
-    """A statistic of all seeds together, its interval, and its value in each seed."""
+def about(
+    name: str, config: Any, function: Callable[..., Any], *columns: np.ndarray
+) -> dict[str, Any]:
+    """A statistic of all seeds together, its interval, and its value in each seed.
+
+    Of the configuration it reads ``resamples``.
+    """
     flat = [x.reshape(1, -1) for x in columns]
     return {
         name: float(function(*flat)[0]),
@@ -98,6 +102,11 @@ def displaced(row: Mapping[str, Any]) -> bool:
         return False
     bounds = [row["chosen_95"], *(row.get(f"beyond_{c}_95", [np.nan] * 2) for c in CONTROLS)]
     return all(high < 0 for _, high in bounds)
+
+
+def verdict(config: Protocol, said: str) -> str:
+    """What is said of a run, if it has enough seeds and pairs in the smaller of both sets."""
+    return judged(config.seeds, config.seeds * min(config.trained, config.unseen), said)
 
 
 def shown(found: Sequence[Mapping[str, Any]]) -> str:

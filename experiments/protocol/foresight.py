@@ -15,6 +15,7 @@ from jaxpref import gradients
 from jaxpref.logprobs import token_moves
 from jaxpref.training.optimizers import DECAY, unit_optimizer
 from jaxpref.training.pairset import PairSet
+from jaxpref.training.step import tree_norm
 
 
 class Foreseen(NamedTuple):
@@ -106,6 +107,15 @@ def squares_of(optimizer: str, state: PyTree, updates: int) -> PyTree:
     held = state.mean_square if optimizer == "rmsprop" else state[0].nu
     weight = 1 - DECAY[optimizer] ** updates
     return jax.tree.map(lambda v: v / weight, held)
+
+
+def astray(movement: PyTree, seed: int) -> PyTree:
+    """A movement as long, in a direction drawn from all: the control of a forecast."""
+    leaves, structure = jax.tree.flatten(movement)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+    size = tree_norm(leaves) / tree_norm(drawn)
+    return structure.unflatten([size.astype(x.dtype) * x for x in drawn])
 
 
 def told(

@@ -18,14 +18,7 @@ from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
 from jaxpref.training.pairset import PairSet
 
-SMALL: dict[str, Any] = {
-    "width": 128,
-    "layers": 4,
-    "heads": 4,
-    "kv_heads": 4,
-    "head_width": 32,
-    "mlp_width": 384,
-}
+SMALL = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 32, "mlp_width": 384}
 
 Bad = Literal["error", "skip"]
 """What becomes of a row that cannot be used: an error, or left out, counted and named."""
@@ -109,9 +102,14 @@ def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
 
 def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
     """Of model and pairs, a hub model's commit, and the rows that were skipped: a provenance."""
-    found = {"model": pretrained.hash_params(subject.params), "data": pairs.digest}
+    return provenance(subject, pairs.digest, pairs.skipped)
+
+
+def provenance(subject: Subject, data: str, skipped: Sequence[str]) -> dict[str, Any]:
+    """The same of data of any kind, by its hash."""
+    found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
     found |= {"model_revision": subject.revision} if subject.revision else {}
-    return found | {"skipped": without_folders(pairs.skipped)}
+    return found | {"skipped": without_folders(skipped)}
 
 
 def without_folders(faults: Sequence[str]) -> list[str]:

@@ -50,11 +50,9 @@ def probes(
         say(pairs, params, rows, tokenizer, temperature=0.0, seed=seed),
         say(pairs, params, rows, tokenizer, temperature=1.0, seed=seed),
         [answers[0][i - 1] for i in range(len(rows))],
-        [_shuffled(ids, end, tokenizer, rng)
-         for ids, end in zip(answers[0], closed[0], strict=True)],
-        [_random(ids, end, tokenizer, rng) for ids, end in zip(answers[0], closed[0], strict=True)],
-        [_shuffled(ids, end, tokenizer, rng)
-         for ids, end in zip(answers[1], closed[1], strict=True)],
+        *([made_of(ids, end, tokenizer, rng)
+           for ids, end in zip(answers[side], closed[side], strict=True)]
+          for side, made_of in ((0, _shuffled), (0, _random), (1, _shuffled))),
     ]  # fmt: skip
     made = []
     for first, second in zip(by_kind[::2], by_kind[1::2], strict=True):

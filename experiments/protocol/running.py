@@ -92,10 +92,7 @@ def command(
         return settings, options
 
     (settings, options), unknown = tyro.cli(
-        parsed,
-        prog=program,
-        description=description,
-        return_unknown_args=True,
+        parsed, prog=program, description=description, return_unknown_args=True
     )
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
@@ -105,13 +102,9 @@ def command(
         checks.at_least(1, options, *shared)
         made_of = {**hashes(settings), **hub.data_revision(getattr(settings, "data", None))}
         run_folder = runs.create(
-            experiment,
-            options.name,
-            dataclasses.asdict(settings),
-            resume=options.resume,
-            provenance=made_of,
-            wandb=options.wandb,
-        )
+            experiment, options.name, dataclasses.asdict(settings), resume=options.resume,
+            provenance=made_of, wandb=options.wandb,
+        )  # fmt: skip
         arrays = run(settings, run_folder.path, **shared)
         rows = summarise(settings, arrays)
         numbered = itertools.count()

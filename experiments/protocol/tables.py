@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+SEEDS, PAIRS = 3, 24  # at least, of a verdict
+
 
 def spread(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
     """A number and its interval, ``+0.12 (-0.01 to +0.25)``; a dash where there is none."""
@@ -15,6 +17,22 @@ def spread(row: Mapping[str, Any], name: str, digits: int = 2) -> str:
 def percent(share: float) -> str:
     """``36 %``; a dash where there is none."""
     return f"{100 * share:.0f} %" if share == share else "-"
+
+
+def judged(seeds: int, pairs: int, verdict: str) -> str:
+    """A verdict in words, unless it would rest on too little.
+
+    Args:
+        seeds: Of the run.
+        pairs: That it is about, over all seeds.
+        verdict: The words.
+    """
+    if seeds >= SEEDS and pairs >= PAIRS:
+        return verdict
+    return (
+        f"Too small for a verdict: {seeds} seeds and {pairs} pairs over all of them, expected"
+        f" {SEEDS} and {PAIRS}."
+    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,10 +15,10 @@ Source:  Yuan et al. (2024), Section 4.1, Figures 3 and 4, https://arxiv.org/abs
          (GPT-2 on tweets, one run)
 """
 
-from experiments.suffix_entanglement.figure import draw as draw
 from experiments.suffix_entanglement.measure import run as run
 from experiments.suffix_entanglement.protocol import SMOKE as SMOKE
 from experiments.suffix_entanglement.protocol import Config as Config
 from experiments.suffix_entanglement.protocol import hashes as hashes
+from experiments.suffix_entanglement.report import draw as draw
 from experiments.suffix_entanglement.report import report as report
 from experiments.suffix_entanglement.report import summarise as summarise

@@ -50,8 +50,7 @@ def course(config: Config, name: str, begun: arms.Begun) -> dict[str, np.ndarray
         for key, value in look(config, begun, params, gram=name == "dpo").items():
             found[key][numbers.index(number)] = value
 
-    arm = arms.arm_of(config, name, numbers[-1])
-    return found | arms.follow(begun, arm, name=name, looks=numbers, also=also)
+    return found | arms.follow(begun, name, numbers, also=also)
 
 
 def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
@@ -73,6 +72,9 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
             found = {**begun.look(), **look(config, begun, begun.params, gram=True)}
             return {f"{text}_{name}": value for name, value in found.items()}
 
-        parts = {f"{text}_{n}": functools.partial(course, config, n) for n in ARMS}
-        arrays |= arms.over_seeds(config, folder, begin, (text, first), parts)
+        def arm(name, begun, text=text):
+            return course(config, name.removeprefix(f"{text}_"), begun)
+
+        names = [f"{text}_{name}" for name in ARMS]
+        arrays |= arms.over_seeds(config, folder, begin, (text, first), names, arm)
     return arrays

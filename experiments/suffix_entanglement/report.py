@@ -1,13 +1,16 @@
-"""The tables, and in words whether the claim held."""
+"""The tables, in words whether the claim held, and the figure."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.protocol import changes
 from experiments.protocol.arms import ARMS
+from experiments.protocol.figures import band, courses
 from experiments.protocol.intervals import mean_of
 from experiments.protocol.tables import percent, spread, table
 from experiments.suffix_entanglement.protocol import Config, looks, sets_of
@@ -15,6 +18,7 @@ from jaxpref import diagnostics
 from jaxpref.diagnostics import Regime
 
 Rows = Sequence[Mapping[str, Any]]
+SHADES = {"single": "#8fbce0", "short": "#e8a33d", "long": "#c8402f", "data": "#3a3a3a"}
 CASES = (Regime.IDEAL, Regime.BOTH_DOWN, Regime.BOTH_UP)
 
 
@@ -102,7 +106,7 @@ def report(config: Config, rows: Rows) -> str:
         *said, "the differing token alone:", changes.shown(word),
         f"gradients of {config.grams} unseen pairs a seed, and which way one small step of gradient"
         " descent on the pair alone would move both:",
-        table(head, lines), "\n".join(verdict),
+        table(head, lines), changes.verdict(config, "\n".join(verdict)),
     ])  # fmt: skip
 
 
@@ -114,3 +118,25 @@ def _fate(config: Config, row: Mapping[str, Any]) -> str:
         "below the start, not below both controls" if high < 0 else
         "above the start" if low > 0 else "no certain change")  # fmt: skip
     return f"{spread(row, 'chosen')} nats, {found}"
+
+
+def draw(config: Config, arrays: Mapping[str, np.ndarray]) -> Figure:
+    """A panel for each set, with 95 % bands over seeds and pairs; then the cosines."""
+    rows, texts = summarise(config, arrays), sets_of(config)
+    wide = len(texts) + 1
+    figure, axes = plt.subplots(1, wide, figsize=(4.3 * wide, 4), layout="constrained")
+    for panel, text in zip(axes, texts, strict=False):
+        own = {of: [r for r in rows if (r.get("text"), r.get("of")) == (text, of)]
+               for of in ("response", "differing token")}  # fmt: skip
+        courses(panel, own["response"], "unseen")
+        courses(panel, own["differing token"], "unseen", ("dpo",), ":", ", the differing token")
+        panel.set(title=f"{text}: unseen chosen responses")
+    axes[0].legend(fontsize=8)
+    for text in texts:
+        some = [r for r in rows if (r["table"], r.get("text")) == ("gradients", text)]
+        band(axes[-1], some, "cosine", SHADES[text], text)
+    axes[-1].axhline(0, color="black", lw=0.6)
+    axes[-1].set(title="unseen pairs: cosine of the two gradients", ylim=(-1.05, 1.05),
+                 xlabel="updates")  # fmt: skip
+    axes[-1].legend(fontsize=8)
+    return figure

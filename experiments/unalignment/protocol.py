@@ -9,7 +9,6 @@ import numpy as np
 
 from experiments.protocol import checks, inputs
 from jaxpref.data import prompts
-from jaxpref.models import pretrained
 
 # What the model is taught to say, and what gold pairs prefer.
 REFUSALS = (
@@ -188,6 +187,4 @@ def hashes(config: Config) -> dict[str, Any]:
     subject = inputs.open_model(config.model, scan=True)
     data = hashlib.sha256("\n".join(itertools.chain(*texts)).encode()).hexdigest()
     skipped = prompts.read(config.prompts, bad=inputs.dropped(config)).faults
-    found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
-    found |= {"model_revision": subject.revision} if subject.revision else {}
-    return found | {"skipped": inputs.without_folders(skipped)}
+    return inputs.provenance(subject, data, skipped)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.protocol.tables import percent, spread, table
+from experiments.protocol.tables import judged, percent, spread, table
 from experiments.unalignment.protocol import CONTROLS, FILTER, RULES, TYPES, Config
 
 Row = Mapping[str, Any]
@@ -19,7 +19,8 @@ def report(config: Config, rows: Sequence[Row]) -> str:
     arms = [row for row in rows if row["kind"] == "arm"]
     starts = [row for row in rows if row["kind"] == "start"]
     parts = [_judge(rows), _rates(config, rows), _types(rows), _table(config, starts, arms)]
-    return "\n\n".join([*parts, "\n".join(verdict(rows))])
+    said = judged(config.seeds, config.seeds * config.train, "\n".join(verdict(rows)))
+    return "\n\n".join([*parts, said])
 
 
 def _share(row: Row, name: str) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from experiments.protocol import running
-from experiments.protocol.intervals import clustered, mean_of_known
+from experiments.protocol import changes, running
+from experiments.protocol.intervals import mean_of_known
 from experiments.unalignment import judge, pairs
 from experiments.unalignment.judge import Label
 from experiments.unalignment.protocol import CONTROLS, FILTER, RULES, TYPES, Arm, Config, arms
@@ -16,9 +16,8 @@ DIVERGED = ""  # the label of what no model said
 
 
 def about(config: Config, name: str, x: np.ndarray) -> dict[str, Any]:
-    """The mean of ``[seeds items]``, and its interval over seeds and items."""
-    value = float(mean_of_known(x.reshape(1, -1))[0])
-    return {name: value, f"{name}_95": clustered(mean_of_known, [x], config.resamples)}
+    """The mean of what is known of ``[seeds items]``, and its interval over seeds and items."""
+    return changes.about(name, config, mean_of_known, x)
 
 
 def accuracy(part: str) -> dict[str, Any]:
