@@ -635,6 +635,30 @@ def test_token_kl_of_a_policy_that_all_but_left_the_vocabulary_stays_finite():
     np.testing.assert_array_equal(slope, [[0.0, 0.0]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_token_kl_where_a_model_excludes_a_token(dtype):
+    """Infinite where only the reference does, though the policy's probability underflows, too."""
+    far = 1e25 if dtype == jnp.float32 else 1e200  # its square is infinite
+    state = jnp.array([[far, 1.0]], dtype)
+
+    def kl(*logits):  # a logit of -inf from a product that overflows
+        rows = [[[-far, 0.0] if x == -jnp.inf else [0.0, x] for x in some] for some in logits]
+        policy, reference = jnp.array(rows, dtype)
+        return jax.value_and_grad(lambda h: logprobs.token_kl(h, policy, state, reference)[0])(
+            state
+        )
+
+    for policy, reference, expected in (
+        ([0.0, 0.0], [0.0, -jnp.inf], jnp.inf),
+        ([0.0, -2000.0], [0.0, -jnp.inf], jnp.inf),
+        ([0.0, -jnp.inf], [0.0, -jnp.inf], 0.0),
+        ([0.0, -jnp.inf], [0.0, 0.0], np.log(2)),
+    ):
+        value, slope = kl(policy, reference)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        assert np.isfinite(slope).all()
+
+
 def test_token_kl_of_nearly_equal_models_keeps_its_digits(states):
     draw = np.random.default_rng(8)
     hidden, unembedding = (np.asarray(x, np.float32) for x in states[:2])

@@ -184,7 +184,8 @@ def token_kl(
         time_chunk: Positions at a time; ``None``: all.
 
     Returns:
-        Nats, at least 0.
+        Nats, at least 0; infinite where the reference excludes a token that the policy does not,
+        with the derivative of the other tokens. What both exclude counts 0.
 
     Raises:
         ValueError: `time_chunk` is not positive.
@@ -211,8 +212,9 @@ def token_kl(
 
 def _kl_terms(logp: Array, logq: Array) -> Array:
     impossible = jnp.isneginf(logp)  # of the term exp(logq) is left
-    ratio = jnp.where(impossible, 0, logp - logq)
+    new = jnp.isneginf(logq) & ~impossible  # infinite, however small the probability is
+    ratio = jnp.where(impossible | new, 0, logp - logq)
     near = jnp.maximum(ratio, -1.0)  # beyond, exp(-ratio) may overflow: nothing cancels there
     far_term = jnp.exp(logp) * ratio + jnp.exp(logq) - jnp.exp(logp)
     term = jnp.where(ratio > -1.0, jnp.exp(logp) * (near + jnp.expm1(-near)), far_term)
-    return jnp.where(impossible, jnp.exp(logq), term)
+    return jnp.where(impossible, jnp.exp(logq), jnp.where(new, jnp.inf, term))
