@@ -31,6 +31,15 @@ def as_optax_needs_it():
         yield
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Worlds that are made by hand are small, and a verdict is spoken of them all the same."""
+    from experiments.protocol import tables
+
+    monkeypatch.setattr(tables, "SEEDS", 1)
+    monkeypatch.setattr(tables, "PAIRS", 1)
+
+
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -64,6 +64,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
     assert count == {"changes": 3 * 2 * 4 * 2, "courses": 2 * 3 * 2, "correlations": 3 * 4}
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
 
 
 def test_subsets_are_at_the_ends_of_their_scores(arrays):
@@ -133,7 +134,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 def test_a_subset_of_two_scores_is_trained_once(made, arrays, begun, monkeypatch):
     config, trained = made[0], []
 
-    def fake(begun, arm, *, name, looks):
+    def fake(begun, name, looks):
         trained.append((name, tuple(begun.parts.preference)))
         assert (begun.parts.unseen == parts.unseen).all()
         return {"change": np.full((1, 6, 2), float(len(trained)))}
@@ -174,6 +175,7 @@ def a_world(dpo, sft=lambda score, trained: 1.0, scores=("ches", "random")):
     return config, arrays
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_verdict_of_a_world_where_ches_orders_what_is_trained():
     """Trained responses fall by their score, unseen ones always by one."""
     config, arrays = a_world(lambda score, trained: 1.0 - score if trained else -1.0)
@@ -199,6 +201,7 @@ def test_the_verdict_of_a_world_where_ches_orders_what_is_trained():
     assert "most does not hold here: -1.00 (-1.00 to -1.00) nats" in unseen
 
 
+@pytest.mark.usefixtures("any_size")
 def test_what_a_control_does_too_is_no_claim_that_held():
     falls = lambda score, trained: 2.0 - score  # noqa: E731
     config, arrays = a_world(falls, falls)

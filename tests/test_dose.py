@@ -35,9 +35,11 @@ def test_a_run_leaves_everything_behind(made):
     gap = arrays["dpo_1_0.001_change"] - arrays["dpo_0_0.001_change"]
     assert np.abs(gap).max() > 1e-3
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
     assert (folder / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_least_dose_that_displaces_is_named():
     """A world in which unseen pairs fall by ten thousand times rate times updates, but for one."""
     config = dataclasses.replace(lab.SMOKE, resamples=20, seeds=2, rates=(1e-4, 1e-3), starts=(0,))

@@ -13,6 +13,7 @@ from test_protocol import written
 
 import experiments.entanglement_dynamics as lab
 from experiments.entanglement_dynamics import protocol, summary
+from experiments.protocol import arms
 from jaxpref import losses
 
 pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
@@ -44,6 +45,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
     assert names == [*config.losses, "coin", "sft"]
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
 
 
 def test_arms_share_start_and_order_and_then_part(made, arrays):
@@ -60,7 +62,7 @@ def test_arms_share_start_and_order_and_then_part(made, arrays):
 def test_the_rate_rises_over_a_share_of_the_epoch(made):
     config, _, _ = made
     some = dataclasses.replace(config, pairs=40, batch=2, warmup=0.25)
-    assert protocol.arm_of(some, "dpo").warmup == 5
+    assert arms.arm_of(some, "dpo", 9).warmup == 5
     assert protocol.looks(some)["dpo"] == [10, 20, 40]
     assert protocol.looks(some)["simpo"] == [10, 20]
 
@@ -119,6 +121,7 @@ def test_what_cannot_be_run_is_refused_before_it_begins(made, change, said):
         lab.load(dataclasses.replace(made[0], **change))
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_verdict_names_what_fell():
     """Two losses of known courses: one lowers unseen pairs below both controls, one raises them."""
     config = dataclasses.replace(

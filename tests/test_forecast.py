@@ -43,6 +43,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
         "changes", "signals", "sizes", "shares", "kinds", "tokens"}  # fmt: skip
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
 
 
 def test_the_parts_of_a_change_are_its_own_pairs_and_others(made, arrays):
@@ -63,7 +64,7 @@ def test_the_parts_of_a_change_are_its_own_pairs_and_others(made, arrays):
     assert arrays["rows"][0, 0] == row
     kept = []
     arm = protocol.epoch_of(config)
-    arms.follow(begun, arm, name="dpo", looks=[arm.updates],
+    arms.follow(begun, "dpo", [arm.updates],
                 also=lambda n, params, state: kept.append(state))  # fmt: skip
     scale = foresight.scale_of("adam", foresight.squares_of("adam", kept[0], arm.updates),
                                arm.rates)  # fmt: skip
@@ -75,6 +76,19 @@ def test_the_parts_of_a_change_are_its_own_pairs_and_others(made, arrays):
     pull = arrays["dpo_pull"][0][tuple(at)]
     expected = -gram @ pull / config.pairs
     np.testing.assert_allclose(summary.own_share(config, arrays, "dpo")[0, 0], expected, rtol=1e-3)
+
+
+def test_a_random_direction_is_a_control_where_it_was_taken(made, arrays):
+    """As long as the metric's movement, and drawn anew for each seed; runs of before have none."""
+    config, _, _ = made
+    signals = {r["signal"] for r in lab.summarise(config, arrays) if r["table"] == "signals"}
+    assert signals == {*summary.SIGNALS, *summary.EXPLANATIONS}
+    assert np.abs(arrays["astray_change"]).max() > 0
+    old = {name: x for name, x in arrays.items() if not name.startswith("astray")}
+    rows = lab.summarise(config, old)
+    assert {r["signal"] for r in rows if r["table"] == "signals"} == signals - {summary.ASTRAY}
+    assert summary.ASTRAY not in lab.report(config, rows)
+    lab.draw(config, old)
 
 
 def test_kinds_are_in_their_places(made, arrays):

@@ -74,6 +74,19 @@ def test_rmsprop_grows_its_steps_and_descent_has_none():
     np.testing.assert_allclose(foresight.scale_of("adam", square, rates)["a"], [1.5, 3.0])
 
 
+def test_a_movement_astray_is_as_long_and_goes_elsewhere(seen):
+    found = [foresight.astray(seen.metric, seed) for seed in (0, 0, 1)]
+    flat = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (seen.metric, *found)
+    ]
+    np.testing.assert_allclose(
+        [np.linalg.norm(x) for x in flat], np.linalg.norm(flat[0]), rtol=1e-4
+    )
+    np.testing.assert_array_equal(flat[1], flat[2])
+    for x, y in ((0, 1), (0, 3), (1, 3)):
+        assert abs(np.corrcoef(flat[x], flat[y])[0, 1]) < 0.1
+
+
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd"])
 def test_squares_are_the_optimizer_s_without_bias(name):
     """Of equal gradients, their square."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 import smoke
 
 import experiments.loss_comparison as lab
+from experiments.loss_comparison import measure, protocol, summary
 from jaxpref.data import batches
 from jaxpref.training.objectives import NAMES
 
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.usefixtures("as_optax_needs_it")
 @pytest.fixture(autouse=True, scope="module")
 def compiled_once():
     """All runs of this file have the same pairs and settings, so the same programs."""
-    module, kept = sys.modules["experiments.loss_comparison.measure"], []
+    kept, make = [], measure.programs
 
     def programs(*some):
         if not kept:
-            kept.append(lab.programs(*some))
+            kept.append(make(*some))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "programs", programs)
-        patch.setattr(sys.modules["experiments.loss_comparison.summary"], "DRAWS", 5)
+        patch.setattr(measure, "programs", programs)
+        patch.setattr(summary, "DRAWS", 5)
         yield
 
 
@@ -69,6 +69,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
     rows = json.loads((folder / "summary.json").read_text())["rows"]
     assert [row["name"] for row in rows if row["kind"] == "loss"] == ["dpo", "kto", "sft"]
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
     assert (arrays["kl"][:, :, :, 0] == 0).all()
     assert (arrays["kl"][:, :, :, 1:] > 0).all()
 
@@ -140,7 +141,7 @@ def _tree(value, like):
 def test_predictions_are_sums_of_the_grams(made, arrays):
     config, _, _ = made
     gram, pull = arrays["gram"][0], arrays["pull"][0, 0]
-    found = lab.predicted(config, arrays)
+    found = summary.predicted(config, arrays)
     every = -np.einsum("iajb,jb->ia", gram[:, :, :4], pull)
     np.testing.assert_allclose(found["all"][0, 0] * 6, every, rtol=1e-4, atol=1e-4)
     own = -np.einsum("iaib,ib->ia", gram[:4, :, :4], pull)
@@ -154,7 +155,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 
 
 def test_every_loss_has_its_place_in_the_table():
-    assert {lab.family(name) for name in NAMES} <= {*lab.FAMILIES}
+    assert {protocol.family(name) for name in NAMES} <= {*protocol.FAMILIES}
 
 
 def a_world(*margins):
@@ -178,16 +179,17 @@ def a_world(*margins):
 def test_the_rate_is_chosen_on_validation_pairs_alone():
     # Pairs: two of training, two of validation, two of test.
     config, arrays = a_world([9, 9, 1, -1, 9, 9], [0, 0, 1, 1, 0, 0], [9, 9, -1, -1, 9, 9])
-    assert lab.chosen_rates(config, arrays).tolist() == [[1], [1]]  # more in the right order
+    assert summary.chosen_rates(config, arrays).tolist() == [[1], [1]]  # more in the right order
     arrays["logp"][0, :, :, :, [0, 1, 4, 5]] = np.nan
     arrays["logp"][1, :, 2, :, [0, 1, 4, 5]] += 100
-    assert lab.chosen_rates(config, arrays).tolist() == [[1], [1]]
+    assert summary.chosen_rates(config, arrays).tolist() == [[1], [1]]
     config, arrays = a_world([0, 0, 1, 1, 0, 0], [0, 0, 1, 2, 0, 0], [0, 0, 0.5, 1, 0, 0])
-    assert lab.chosen_rates(config, arrays).tolist() == [[1], [1]]  # the larger margins
+    assert summary.chosen_rates(config, arrays).tolist() == [[1], [1]]  # the larger margins
     config, arrays = a_world([0, 0, 1, 2, 0, 0], [0, 0, 2, 1, 0, 0], [0, 0, np.nan, 9, 0, 0])
-    assert lab.chosen_rates(config, arrays).tolist() == [[0], [0]]  # the smallest; never NaN
+    assert summary.chosen_rates(config, arrays).tolist() == [[0], [0]]  # the smallest; never NaN
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_summary_and_the_verdict_follow_the_numbers():
     same = [3.0, 1.0, 1.0, 1.0, 2.0, -1.0]
     config, arrays = a_world(same, same, same)
@@ -213,15 +215,32 @@ def test_the_summary_and_the_verdict_follow_the_numbers():
     plt.close("all")
 
 
+def test_trivial_predictors_stand_beside_the_grams():
+    """DPO's chosen responses fall, SFT's rise: the pulls alone would have both rise."""
+    config, arrays = a_world(*[[1.0] * 6] * 3)
+    arrays["logp"][0, :, :, 1] -= 4
+    arrays["pull"][0, :, :, 1] = 0.15
+    found = {r["name"]: r for r in lab.summarise(config, arrays) if r["kind"] == "predictor"}
+    assert tuple(found) == tuple(summary.PREDICTORS)
+    signs = {name: row["signs"] for name, row in found.items()}
+    assert signs == {"all": 1, "own": 1, "ratio": 0.5, "up": 0.5, "test": 0, "test_ratio": 0.5,
+                     "test_up": 0.5}  # fmt: skip
+    np.testing.assert_allclose(summary.share(summary.predicted(config, arrays)["ratio"])[:, 0],
+                               [0.05 / 0.2, 1])  # fmt: skip
+    assert np.isnan(found["up"]["rho"])  # it has no order
+
+
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize(
     ("rho", "low", "told"),
-    [(0.9, 0.5, "holds:"), (0.9, 0.1, "holds in part"), (0.1, 0.0, "does not hold")],
-)
+    [(0.9, 0.5, "holds:"), (0.9, 0.1, "holds in part"), (0.1, 0.0, "does not hold"),
+     (0.79, 0.5, "holds no better than by the pull ratio alone")],
+)  # fmt: skip
 def test_the_claim_is_judged(rho, low, told):
     config, arrays = a_world(*[[1.0] * 6] * 3)
     rows = lab.summarise(config, arrays)
     for row in rows[2:]:
-        row |= {"rho": rho, "low": low, "high": 1.0}
+        row |= {"rho": rho if row["name"] == "all" else 0.8, "low": low, "high": 1.0}
     assert f"The claim {told}" in lab.report(config, rows)
 
 

@@ -49,6 +49,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
     assert names == [*config.methods, *CONTROLS]
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
 
 
 def test_methods_share_start_and_order_and_then_part(made, arrays):
@@ -188,7 +189,7 @@ def test_a_method_is_its_definition(long, name):
     pairs = begun.pairs
     assert max(len(pairs.parts(row)) for row in begun.parts.preference.reshape(-1, 2)) == 2
     shown = measure.contrasted(begun) if name == protocol.MASK else begun.pairs
-    arm = protocol.arm_of(config, name)
+    arm = arms.arm_of(config, "dpo" if name == protocol.MASK else name, 2)
     found = courses.train(
         begun.run, shown, begun.params, begun.course("given"), arm.loss, arm.rates,
         optimizer=unit_optimizer("sgd"),
@@ -245,6 +246,7 @@ def a_world(config, ends):
     return arrays
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_verdict_names_who_keeps_them_up_at_the_margin():
     names = ("dpo", "cpo", "pcgrad", "dpop", "cal_dpo")
     config = dataclasses.replace(lab.SMOKE, methods=names, resamples=20)
@@ -273,6 +275,7 @@ def test_the_verdict_names_who_keeps_them_up_at_the_margin():
     lab.draw(config, arrays)
 
 
+@pytest.mark.usefixtures("any_size")
 def test_a_method_that_diverged_says_nothing_and_the_others_do():
     config = dataclasses.replace(lab.SMOKE, methods=("dpo", "cpo"), resamples=20)
     ends = {"dpo": (1, -2, 4), "cpo": (1, 1, 8), "coin": (0, -1, 0), "sft": (1, 1, 1)}

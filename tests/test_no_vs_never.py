@@ -402,6 +402,7 @@ def test_the_summary_counts_by_hand(by_hand):
     assert [(gain, runs_) for _, gain, runs_ in gains] == [(pytest.approx(0.3), 2), (0.02, 2)]
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_table_and_the_verdict_say_what_was_counted(by_hand):
     config, arrays = by_hand
     rows = lab.summarise(config, arrays)
@@ -413,21 +414,22 @@ def test_the_table_and_the_verdict_say_what_was_counted(by_hand):
     assert "at learning rates 2e-05 to 4e-05, the whole model's within 2% in 0 of 2 runs" in said
     assert "ended below its start in 1 of 2 runs of 5 updates; the lowest end is -0.69 nats" in said
     assert "at most 30% of what was gained" in said
-    assert said.count("the headline holds.") == 1
+    assert said.count("The headline holds.") == 1
     assert "a free table of logits, at rates 2e-05 to 4e-05 with the same margin, ended" in said
     assert "in 0 of 2 runs; the opposite meaning gets at most 0% of what was gained. In 2" in said
 
 
+@pytest.mark.usefixtures("any_size")
 def test_a_claim_that_fails_is_said_to_fail(by_hand):
     config, arrays = by_hand
     arrays["logp"] = arrays["logp"][[1, 1, 1, 1]]
     arrays["share"] = 0.1 * arrays["share"]
     said = lab.report(config, lab.summarise(config, arrays))
     assert "in 0 of 2 runs of 5 updates" in said
-    assert "the claim's strong form does not hold here." in said
+    assert "The claim's strong form does not hold here." in said
     assert "the same margin" in said
     assert "prove nothing" not in said  # all have the margin of the model
-    assert "the headline does not hold here (under 10 %)." in said
+    assert "The headline does not hold here (under 10 %)." in said
 
 
 @pytest.mark.parametrize(("off", "matched"), [(0.015, 2), (-0.015, 2), (0.025, 1), (-0.025, 1)])

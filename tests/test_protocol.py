@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.protocol import arms, changes, intervals, kinds, settings
+from experiments.protocol import arms, changes, intervals, kinds, settings, tables
 from experiments.protocol.settings import Protocol
 from jaxpref import losses
 from jaxpref.training import courses
@@ -102,7 +102,7 @@ def naively(begun, made, name, orders, rate, swap=()):
     _, pairs, _ = made
     optimizer = optax.adam(rate)
     params, state = begun.params, optimizer.init(begun.params)
-    loss = {"ipo": losses.ipo, "sft": lambda logp, reference: -logp[:, 0]}[name]
+    loss = {"ipo": losses.ipo, "coin": losses.dpo}[name]
     whole = PairSet.of(pairs.policy, pairs.pairs)
     whole = dataclasses.replace(whole, sizes=whole.sizes[-1:]).with_reference(begun.pairs.known)
     seen = []
@@ -125,11 +125,11 @@ def naively(begun, made, name, orders, rate, swap=()):
     return params, np.array(seen)
 
 
-@pytest.mark.parametrize(("name", "labels"), [("ipo", "coin"), ("sft", "given")])
+@pytest.mark.parametrize(("name", "labels"), [("coin", "coin"), ("ipo", "given")])
 def test_an_arm_is_the_loss_s_own_training(config, made, begun, name, labels):
     """From the start of its seed, with its coins, to its probes: by plain autodiff and optax."""
     pairs = begun.pairs
-    found = arms.follow(begun, arms.Arm(name, 4, config.rate, labels), name=name, looks=[1, 4])
+    found = arms.follow(begun, name, [1, 4])
     course = begun.course(labels)
     swap = course.swapped
     assert labels == "given" or 0 < np.isin(begun.parts.preference, swap).sum() < 4
@@ -144,9 +144,8 @@ def test_an_arm_is_the_loss_s_own_training(config, made, begun, name, labels):
     # float32, and Adam divides gradients that are nearly zero by themselves and eps
     np.testing.assert_allclose(found["change"][-1], moved, atol=2e-3 * np.abs(moved).max())
     assert found["diverged"] == -1
-    signs = {"ipo": (-1, 1), "sft": (-1, 0)}[name]
     turned = np.isin(index, swap)[..., None]
-    expected = np.where(turned, np.array(signs)[::-1], signs)
+    expected = np.where(turned, (1, -1), (-1, 1))
     np.testing.assert_array_equal(np.sign(found["pull"][0]), expected[0])
 
 
@@ -157,7 +156,8 @@ def test_a_warm_up_ends_at_the_rate():
 
 
 def test_an_arm_that_diverges_is_reported_and_the_others_go_on(begun):
-    found = arms.follow(begun, arms.Arm("dpo", 4, 3e38), name="dpo", looks=[1, 4])
+    wild = dataclasses.replace(begun.config, rate=3e38)
+    found = arms.follow(begun._replace(config=wild), "dpo", [1, 4])
     assert found["diverged"] == 2  # the norms hide it from the second update
     assert np.isfinite(found["seen"][:2]).all()
     assert np.isnan(found["seen"][2:]).all()
@@ -282,3 +282,20 @@ def test_of_a_seed_that_diverged_nothing_is_said():
     assert row["diverged"] == 1
     assert not changes.displaced(row)
     assert "dpo (1 diverged)" in changes.shown(found)
+
+
+@pytest.mark.parametrize(("seeds", "pairs"), [(3, 24), (2, 24), (3, 23)])
+def test_a_verdict_takes_three_seeds_and_two_dozen_pairs(seeds, pairs):
+    said = tables.judged(seeds, pairs, "The claim holds.")
+    if (seeds, pairs) == (3, 24):
+        assert said == "The claim holds."
+    else:
+        expected = f"{seeds} seeds and {pairs} pairs over all of them, expected 3 and 24."
+        assert said == f"Too small for a verdict: {expected}"
+
+
+def test_a_run_s_pairs_are_those_of_its_smaller_set():
+    config = Protocol(seeds=3, trained=8, unseen=30)
+    assert changes.verdict(config, "holds") == "holds"
+    for few in ({"trained": 7}, {"unseen": 7}, {"seeds": 2}):
+        assert "Too small" in changes.verdict(dataclasses.replace(config, **few), "holds")

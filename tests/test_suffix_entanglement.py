@@ -67,6 +67,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
             assert arrays[f"{text}_{name}_differing"].shape == (1, 2, 5, 2)
     assert all(np.isfinite(array).all() for array in arrays.values())
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
     assert (folder / "figure.png").stat().st_size > 10_000
     assert len(json.loads((folder / "provenance.json").read_text())["data"]) == 3
 
@@ -138,6 +139,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
     smoke.same_after_a_kill(lab, config, folder, tmp_path, ("0_short_dpo",))
 
 
+@pytest.mark.usefixtures("any_size")
 def test_an_arm_that_diverges_is_reported(made, arrays):
     config, *_, trained = made
     wild = dataclasses.replace(config, rate=3e38, epochs=(0.5, 2))
@@ -152,6 +154,7 @@ def test_an_arm_that_diverges_is_reported(made, arrays):
     lab.draw(config, lost)
 
 
+@pytest.mark.usefixtures("any_size")
 def test_the_verdict_says_what_the_numbers_hold():
     """A world in which the claim holds, but for a short text that is worse than none."""
     config = dataclasses.replace(lab.SMOKE, seeds=2, resamples=20)

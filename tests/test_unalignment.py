@@ -69,6 +69,7 @@ def test_a_run_leaves_everything_behind(made, arrays):
     assert {row["name"] for row in rows[8:]} == {arm.name for arm in lab.arms(config)}
     assert (folder / "figure.png").stat().st_size > 10_000
     assert lab.report(config, lab.summarise(config, arrays)) in printed
+    assert "Too small for a verdict: " in printed
 
 
 def test_pairs_are_what_was_drawn_with_the_refusal_first(arrays):
@@ -194,6 +195,7 @@ def test_a_coin_is_pairs_swapped_by_hand(made, arrays, begun):
     assert (arrays["logp"][0, at] != arrays["logp"][0, 0]).any()
 
 
+@pytest.mark.usefixtures("any_size")
 def test_a_diverged_arm_is_said_to_be_one(made, arrays, begun):
     config = made[0]
     bench, base, params, *_ = begun
