@@ -109,7 +109,7 @@ def test_a_killed_run_ends_with_the_same_bits(made, tmp_path):
 def test_controls_are_of_the_next_pair(made):
     """Two pairs: each with the other's prediction, and with the other's Gram."""
     config, folder, _ = made
-    arrays = dict(np.load(folder / "arrays.npz"))
+    arrays = {name: x.astype(float) for name, x in np.load(folder / "arrays.npz").items()}
     row = lab.summarise(config, arrays)[-1]
     at, measured = 1, arrays["measured"][1, 0, -1, :2]
     other = arrays["total"][at][[1, 0]]

@@ -61,7 +61,8 @@ def _controls(arrays: Mapping[str, np.ndarray], at: list[int], rate: float, one:
 
     They come as near as the predictions where all pairs move alike. NaN of a batch of one pair.
     """
-    total, own, gram, pull = (arrays[name][at] for name in ("total", "own", "gram", "pull"))
+    names = ("total", "own", "gram", "pull")
+    total, own, gram, pull = (arrays[name][at].astype(np.float64) for name in names)
     n = one.shape[1]
     if n == 1:
         return {"another": math.nan, "another_correlation": math.nan}
