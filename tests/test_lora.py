@@ -18,6 +18,7 @@ from jaxpref import gradients
 from jaxpref.data.pairs import TokenPair
 from jaxpref.models import decoder, lora, sampling
 from jaxpref.models.blocks import LowRank, product
+from jaxpref.training import parallel
 from jaxpref.training.checkpoints import Checkpoints
 from jaxpref.training.pairset import PairSet
 from jaxpref.training.step import init_state, make_step
@@ -263,16 +264,15 @@ def test_one_update_moves_adapters_and_a_checkpoint_holds_nothing_else(tmp_path)
 
 
 def test_on_two_devices_the_numbers_are_those_of_one():
-    from jaxpref.training.parallel import data_mesh, replicate
-
     base, params, policy, adapters = adapted()
-    pairs, mesh, optimizer = PairSet.of(policy, PAIRS), data_mesh(), optax.sgd(0.1)
-    spread = PairSet.of(lora.attach(base, replicate(params, mesh), alpha=ALPHA), PAIRS)
+    pairs, mesh, optimizer = PairSet.of(policy, PAIRS), parallel.mesh(), optax.sgd(0.1)
+    whole = parallel.replicated(mesh)
+    spread = PairSet.of(lora.attach(base, parallel.put(params, whole), alpha=ALPHA), PAIRS)
     loss = lambda scores, _: scores.logp[:, 1] - scores.logp[:, 0]  # noqa: E731
     found = []
     for each, options in ((pairs, {}), (spread, {"mesh": mesh})):
         state = init_state(jax.tree.map(jnp.copy, adapters), optimizer, key=jax.random.key(0))
-        state = replicate(state, mesh) if options else state
+        state = parallel.put(state, whole) if options else state
         step = make_step(each.score, loss, optimizer, **options)
         found.append(step(state, each.rows([0, 1]))[0].params)
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):

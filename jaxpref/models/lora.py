@@ -28,7 +28,7 @@ every program (jax 0.9.2 and 0.12.0: 50 MB of weights make a text of 105 MB, two
 time of compiling and 130 to 180 MB of memory, and again for each shape of a batch; 400 MB took 1 GB
 and half a minute). Of a `jax.new_ref` that is only read, the same two versions make an argument of
 the program: no text, no memory, the time of a call as before. So the base is held in refs, copied
-once. For several devices put it there first (`jaxpref.training.parallel.replicate`).
+once. For several devices put it there first (`jaxpref.training.parallel.put`).
 """
 
 import zlib
