@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Key, Num
 
+from jaxpref.models import attention
+
 if TYPE_CHECKING:
     from jaxpref.models.decoder import DecoderConfig
 
@@ -87,12 +89,7 @@ def windowed(
         Of the shape of `attend`.
     """
     near = positions[:, :, None] - seen_positions[:, None] < window
-    return near & (causal(positions.shape[1]) if attend is None else attend)
-
-
-def causal(time: int) -> Bool[Array, "1 time time"]:
-    """Each token sees itself and all before it."""
-    return jnp.tril(jnp.ones((time, time), bool))[None]
+    return near & (attention.causal(positions.shape[1]) if attend is None else attend)
 
 
 def rotate(x: Float[Array, "batch time heads head"], by: Rotation) -> Array:
@@ -208,7 +205,9 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; keys and values are never repeated."""
 
-    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
+    def __init__(
+        self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision, kind
+    ):
         c, types = config, {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
         types["precision"] = precision
         queries, keys = c.heads * c.head_width, c.kv_heads * c.head_width
@@ -221,7 +220,7 @@ class Attention(nnx.Module):
             whole = c.query_key_norm == "whole"
             self.query_norm = norm(queries if whole else c.head_width)
             self.key_norm = norm(keys if whole else c.head_width)
-        self.config, self.precision = config, precision
+        self.config, self.how = config, {"kind": kind, "precision": precision}
 
     def __call__(
         self,
@@ -258,7 +257,7 @@ class Attention(nnx.Module):
         if past is not None:
             kept = (_write(past[0], key, layer, at), _write(past[1], value, layer, at))
             key, value = kept if layer is None else (x[layer] for x in kept)
-        mixed = _mix(query, key, value, attend, c.score_cap, self.precision)
+        mixed = attention.mix(query, key, value, attend, **self.how, cap=c.score_cap)
         return self.output(mixed.reshape(batch, time, c.heads * c.head_width)), kept
 
 
@@ -268,39 +267,6 @@ def _write(past: Array, new: Array, layer: Array | None, at: int | Array) -> Arr
         return jax.lax.dynamic_update_slice_in_dim(past, new, at, axis=2)
     start = [jnp.asarray(x, jnp.int32) for x in (layer, 0, 0, at, 0)]
     return jax.lax.dynamic_update_slice(past, new[None], start)
-
-
-def _mix(
-    query: Array,
-    key: Array,
-    value: Array,
-    attend: Array | None,
-    cap: float | None,
-    precision: str,
-) -> Array:
-    """Softmax attention of query groups ``[batch time kv group head]``, in at least float32.
-
-    Keys and values are ``[batch kv seen head]``; without `attend`, those of the queries' tokens.
-    Head by head, the queries of a group as rows of one product: the layout that XLA's products
-    take without copies, forward and backward.
-    """
-    (batch, time, kv, group, head), accumulate = query.shape, wide(key.dtype)
-    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv, group * time, head)
-    product = partial(jnp.einsum, precision=precision)
-    logits = product("bkqd,bksd->bkqs", query, key, preferred_element_type=accumulate)
-    logits = capped(logits.reshape(batch, kv, group, time, -1), cap)
-    seen = (causal(time) if attend is None else attend)[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, jnp.finfo(accumulate).min), axis=-1)
-    if attend is not None:  # a row that attends to nothing: zeros
-        weights = jnp.where(seen, weights, jnp.zeros((), accumulate))
-    weights = weights.astype(value.dtype).reshape(batch, kv, group * time, -1)
-    mixed = product("bkqs,bksd->bkqd", weights, value)
-    return mixed.reshape(batch, kv, group, time, head).transpose(0, 3, 1, 2, 4)
-
-
-def capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """``cap tanh(x / cap)``: about `x` where that is small, never beyond the cap; None is none."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Mlp(nnx.Module):
@@ -326,7 +292,9 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each between norms: of what it reads, of what it adds, or of both."""
 
-    def __init__(self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision):
+    def __init__(
+        self, config: "DecoderConfig", *, rngs: nnx.Rngs, dtype, param_dtype, precision, kind
+    ):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         norm = partial(Norm, config, config.width, kind=config.norm, **types)
         self.before, self.after = config.norms != "after", config.norms != "before"
@@ -334,7 +302,7 @@ class Block(nnx.Module):
             self.attention_norm, self.mlp_norm = norm(), norm()
         if self.after:
             self.attention_output_norm, self.mlp_output_norm = norm(), norm()
-        self.attention = Attention(config, rngs=rngs, precision=precision, **types)
+        self.attention = Attention(config, rngs=rngs, precision=precision, kind=kind, **types)
         self.mlp = Mlp(config, rngs=rngs, precision=precision, **types)
         self.parallel = config.parallel_residual
 

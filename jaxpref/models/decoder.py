@@ -32,6 +32,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
+from jaxpref.models import attention as attentions
 from jaxpref.models import blocks
 from jaxpref.models.bounds import Bounds, mark
 
@@ -234,6 +235,9 @@ class Decoder(nnx.Module):
         precision: Of the matrix products, forward and backward. ``highest`` is what the dtype says.
             On GPU and TPU the others round a float32 product's inputs, to TF32 or bfloat16, and
             then small updates of the parameters vanish or are invented; on CPU all are the same.
+        attention: How (`jaxpref.models.attention.mix`). ``xla`` holds all scores of a layer.
+            ``cudnn``, on GPUs, holds few and takes no float32; ``splash`` is a kernel for TPUs,
+            slow elsewhere. Forward mode, Grams and decoding take ``xla`` in any case.
         scan: One block with stacked parameters, compiled once for all layers. Compiles faster and
             runs slower on CPU, where the stacked weights are sliced and their gradients stacked.
         remat: Recompute each block in the backward pass instead of keeping its activations.
@@ -247,11 +251,21 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike = jnp.float32,
         precision: str = "highest",
+        attention: str = "xla",
         scan: bool = False,
         remat: bool = False,
     ):
         if precision not in (known := get_args(blocks.Precision)):
             raise ValueError(f"precision: got {precision!r}, expected one of {known}")
+        if attention not in (known := get_args(attentions.Kind)):
+            raise ValueError(f"attention: got {attention!r}, expected one of {known}")
+        if attention == "cudnn" and jnp.dtype(compute_dtype).itemsize > 2:
+            raise ValueError(f"attention: cudnn takes no {jnp.dtype(compute_dtype).name}, expected "
+                             "compute_dtype bfloat16 or float16, or xla")  # fmt: skip
+        if attention == "cudnn" and config.score_cap is not None:
+            raise ValueError(
+                "attention: cudnn bounds no scores, expected xla or splash for score_cap"
+            )
         types = {"dtype": compute_dtype, "param_dtype": param_dtype}
 
         def table(rows: int) -> nnx.Param:
@@ -259,7 +273,7 @@ class Decoder(nnx.Module):
             return nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, param_dtype))
 
         def block(rngs: nnx.Rngs) -> blocks.Block:
-            return blocks.Block(config, rngs=rngs, precision=precision, **types)
+            return blocks.Block(config, rngs=rngs, precision=precision, kind=attention, **types)
 
         self.embedding = table(config.vocab)
         if config.positions == "learned":
@@ -416,7 +430,7 @@ def _choice(sights: dict[Kind, blocks.Sight], number: Int[Array, ""]) -> blocks.
         return each[0]
     shapes = {attend.shape for _, attend in each if attend is not None}
     for shape in shapes:  # then all say it: they see what is before them
-        whole = jnp.broadcast_to(blocks.causal(shape[1]), shape)
+        whole = jnp.broadcast_to(attentions.causal(shape[1]), shape)
         each = [(by, whole if attend is None else attend) for by, attend in each]
     return jax.tree.map(lambda *found: jax.lax.select_n(number, *found), *each)
 
