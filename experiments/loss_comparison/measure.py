@@ -113,7 +113,7 @@ def begin(
 
 def course_of(config: Config, batch: Batch, seed: int) -> courses.Course:
     """The training pairs of a seed."""
-    return courses.Course(batch.index[rows_of(config, "train")], config.batch, seed)
+    return courses.Course(np.asarray(batch.index)[rows_of(config, "train")], config.batch, seed)
 
 
 def measure(

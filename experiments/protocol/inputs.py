@@ -18,7 +18,8 @@ from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
 from jaxpref.training.pairset import PairSet
 
-SMALL = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 32, "mlp_width": 384}
+SMALL: Any = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 32,
+              "mlp_width": 384}  # fmt: skip
 
 Bad = Literal["error", "skip"]
 """What becomes of a row that cannot be used: an error, or left out, counted and named."""

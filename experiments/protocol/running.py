@@ -20,7 +20,7 @@ from jaxpref.data import hub
 from jaxpref.score import command as line
 
 Arrays = Mapping[str, np.ndarray]
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 """Of all figures."""
 
 
