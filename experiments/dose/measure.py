@@ -22,7 +22,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     def begun(seed, start):
         params = subject.params
         if config.model == "small":
-            params = inputs.open_model("small", seed=seed, scan=True).params
+            params = inputs.subject(config, seed=seed).params
         own = dataclasses.replace(config, supervised_epochs=start)
         room = folder / f"supervised_{start}" if folder else None
         if room:

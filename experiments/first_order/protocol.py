@@ -81,7 +81,7 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
         raise ValueError(f"rates: got {sorted(counts)} learning rates, expected as many for each")
     found, drawn = inputs.read(config), config.pairs * (1 + config.warm) + config.others
     checks.enough("pairs", drawn, len(found.rows))
-    subject = inputs.open_model(config.model)
+    subject = inputs.subject(config, scan=False)
     pairs, counts = inputs.encoded(config, found.rows, subject, too_long="truncate_left")
     checks.enough("pairs", drawn, len(pairs))
     skipped = (*found.faults, *counts.faults)

@@ -109,7 +109,7 @@ def load(config: Config) -> tuple[inputs.Subject, PairSet]:
     """
     _check(config)
     found = inputs.read(config)
-    subject = inputs.open_model(config.model, scan=True)
+    subject = inputs.subject(config)
     usable, counts = inputs.encoded(config, found.rows, subject, too_long="drop")
     if (count := drawn(config)) > len(usable):
         raise ValueError(

@@ -60,7 +60,7 @@ def _draw_ends(axes, arrays, groups: Mapping[Cell, list[int]]) -> None:
 
 def _kinds(config: Config, cell: Cell) -> dict[int, str]:
     """Token to its side of this pair: chosen, rejected, same or opposite meaning."""
-    tokenizer = inputs.open_model(config.model).tokenizer
+    tokenizer = inputs.subject(config, scan=False).tokenizer
     meanings = meaning_ids(tokenizer)
     sides = zip(("same", "opposite"), protocol.meanings_of(cell.pair), strict=True)
     kinds = {t: side for side, meaning in sides for t in meanings.get(meaning or "", [])}
@@ -75,7 +75,7 @@ def _band(axes, values: np.ndarray, **style) -> None:
 
 
 def _draw_words(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
-    tokenizer, kinds = inputs.open_model(config.model).tokenizer, _kinds(config, cell)
+    tokenizer, kinds = inputs.subject(config, scan=False).tokenizer, _kinds(config, cell)
     watched = [t for ids in meaning_ids(tokenizer).values() for t in ids]
     p = arrays["watched"][at]  # [prompts steps watched]
     reach = p.mean(axis=0).max(axis=0)
@@ -101,7 +101,7 @@ def _draw_masses(axes, config: Config, arrays, cell: Cell, at: list[int]) -> Non
 
 
 def _draw_theory(axes, config: Config, arrays, cell: Cell, at: list[int]) -> None:
-    tokenizer, kinds = inputs.open_model(config.model).tokenizer, _kinds(config, cell)
+    tokenizer, kinds = inputs.subject(config, scan=False).tokenizer, _kinds(config, cell)
     tokens, predicted = arrays["shown_token"][at[0]], arrays["shown_predicted"][at[0], 2]
     observed = arrays["shown_change"][at[0], 0]
     colours = [COLOURS.get(kinds.get(int(t), ""), OTHER) for t in tokens]

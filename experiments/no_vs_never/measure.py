@@ -21,6 +21,7 @@ from experiments.no_vs_never.protocol import LIKELY, LOOKS, PREDICTIONS, SFT_LAB
 from experiments.protocol import inputs, running
 from jaxpref import diagnostics, embeddings, gradients, losses
 from jaxpref.data import batches
+from jaxpref.models.decoder import Policy
 from jaxpref.training import optimizers, step
 
 
@@ -108,7 +109,7 @@ def _labels(config: Config, tokenizer) -> np.ndarray:
 @functools.lru_cache(maxsize=3)
 def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
     """Parameters after `steps` updates on the statements' labels; kept in `folder` if given."""
-    params = inputs.open_model(config.model).params
+    params = inputs.subject(config, scan=False).params
     if steps == 0:
         return params
 
@@ -120,7 +121,7 @@ def supervised(config: Config, steps: int, folder: Path | None = None) -> Any:
 
 
 def _supervise(config: Config, steps: int) -> Any:
-    policy, params, tokenizer, _ = inputs.open_model(config.model)
+    policy, params, tokenizer, *_ = inputs.subject(config, scan=False)
     questions, labels = protocol.load_questions(config), _labels(config, tokenizer)
     optimizer = _rmsprop(config.decay, config.sft_learning_rate)
     loss = lambda logp, batch: -of_answers(logp, batch)[:, 0]  # noqa: E731
@@ -136,9 +137,9 @@ def _supervise(config: Config, steps: int) -> Any:
 
 
 @functools.cache
-def _compiled(model: str | None, train: str, loss: Callable, decay: float):
+def _compiled(policy: Policy, train: str, loss: Callable, decay: float):
     """Update, log-probabilities, predictions; jitted once for all runs that share the settings."""
-    logp, optimizer = logp_of(train, inputs.open_model(model).policy), _rmsprop(decay, 0.0)
+    logp, optimizer = logp_of(train, policy), _rmsprop(decay, 0.0)
 
     def margin_loss(every, batch):
         return loss(of_answers(every, batch), batch.reference)
@@ -148,8 +149,8 @@ def _compiled(model: str | None, train: str, loss: Callable, decay: float):
 
 
 @functools.cache
-def _reader(path: str | None):
-    return jax.jit(functools.partial(next_token_hidden, inputs.open_model(path).policy))
+def _reader(policy: Policy):
+    return jax.jit(functools.partial(next_token_hidden, policy))
 
 
 def train_cell(
@@ -160,18 +161,18 @@ def train_cell(
     Axis ``steps`` is ``updates + 1``: before each update, and after the last. From a loss that is
     not finite on they are NaN. A control has to gain this `margin`, nats.
     """
-    policy, _, tokenizer, _ = inputs.open_model(config.model)
+    policy, _, tokenizer, *_ = inputs.subject(config, scan=False)
     params = supervised(config, cell.sft_steps, folder)
     row = protocol.prompt_rows(config, cell.pair)[cell.prompt]
     asked = _padded([protocol.load_questions(config)[row].question], tokenizer, multiple=8)
     words = protocol.answer_ids(cell.pair, tokenizer)
     tokens, length = map(jnp.asarray, asked)
     prompt = Prompt(tokens, length, jnp.array([words], jnp.int32))
-    prompt = prompt._replace(hidden=_reader(config.model)(params, prompt))
+    prompt = prompt._replace(hidden=_reader(policy)(params, prompt))
     unembedding, hidden = policy.unembedding(params), prompt.hidden[0]
     direction, terms, geometry = _closed_forms(unembedding, hidden, *words)
     loss = _loss(cell.loss, config.beta, config.tau)
-    update, logp, foreseen = _compiled(config.model, cell.train, loss, config.decay)
+    update, logp, foreseen = _compiled(policy, cell.train, loss, config.decay)
 
     # The reference is the start itself, through the same code path: the first log-ratios are zero.
     theta, prompt = _trained(cell.train, policy, params, prompt)

@@ -18,7 +18,7 @@ Loss = Literal["dpo", "ipo", "hinge"]  # of the margin alone: what the theorems 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(inputs.Compute):
     """All that decides the numbers. Settings with several values are run in all combinations."""
 
     pairs: tuple[str, ...] = ("No>Never",)
@@ -168,7 +168,7 @@ def hashes(config: Config) -> dict[str, Any]:
         raise ValueError(f"train: got {got}, expected all among them: controls take its margin")
     if not 0 < config.decay < 1:
         raise ValueError(f"decay: got {config.decay}, expected a number between 0 and 1")
-    subject = inputs.open_model(config.model)
+    subject = inputs.subject(config, scan=False)
     for pair in config.pairs:
         chosen, rejected = answer_ids(pair, subject.tokenizer)
         if chosen == rejected:

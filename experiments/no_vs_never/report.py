@@ -19,7 +19,7 @@ CONTROLS = {"unembedding": "the unembedding alone", "tabular": "a free table of 
 
 def summarise(config: Config, arrays: Arrays) -> list[dict[str, Any]]:
     """One row for each combination of settings, over its prompts: the numbers of the table."""
-    tokenizer = inputs.open_model(config.model).tokenizer
+    tokenizer = inputs.subject(config, scan=False).tokenizer
     todo, rows = cells(config), []
     gained = arrays["logp"][:, -1] - arrays["logp"][:, 0]
     margin = gained[:, 0] - gained[:, 1]

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from experiments.protocol import inputs, running
 from experiments.protocol.settings import Labels, Parts, Protocol, split
 from jaxpref import runs
 from jaxpref.data import batches
-from jaxpref.training import courses
+from jaxpref.training import courses, parallel
 from jaxpref.training.courses import Change, Course, Programs
 from jaxpref.training.objectives import Objective
 from jaxpref.training.optimizers import unit_optimizer
@@ -113,15 +112,16 @@ def begin(
     """The supervised model of a seed, read if a run's folder has it, and its log-probabilities."""
     parts = split(config, pairs, seed)
     file = folder / "starts" / f"{seed}.npz" if folder else None
-    if config.supervised_epochs and file and file.exists():
+    if config.supervised_epochs and file and parallel.agreed(file.exists):
         params = _read(file, params, identity)
     elif config.supervised_epochs:
         course = Course(parts.supervised, config.batch, seed)
         rates = (config.supervised_rate,) * (config.supervised_epochs * course.epoch)
         params = supervised(run, pairs, params, course, rates, config.optimizer)
-        if file:
+        leaves = _leaves(params) if file else {}
+        if file and jax.process_index() == 0:
             file.parent.mkdir(exist_ok=True)
-            runs.save_arrays(file, {"identity": _letters(identity), **_leaves(params)})
+            runs.save_arrays(file, {"identity": _letters(identity), **leaves})
     used = np.concatenate([parts.preference, parts.unseen])
     return Begun(config, run, params, pairs.referring_to(params, used), parts, seed)
 
@@ -201,8 +201,8 @@ def _letters(text: str) -> np.ndarray:
 
 
 def _leaves(params: PyTree) -> dict[str, np.ndarray]:
-    found, _ = jax.tree.flatten_with_path(params)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+    found, _ = jax.tree.flatten_with_path(parallel.to_host(params))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
 def _read(file: Path, like: PyTree, identity: str) -> PyTree:
@@ -211,7 +211,8 @@ def _read(file: Path, like: PyTree, identity: str) -> PyTree:
         raise ValueError(
             f"{file}: a start of another model, data or supervision, expected this run's"
         )
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(x) for x in arrays.values()])
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return parallel.put(jax.tree.unflatten(jax.tree.structure(like), arrays.values()), where)
 
 
 def over_seeds(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
@@ -13,9 +15,11 @@ from jaxpref.data import chat, files, preferences
 from jaxpref.data.files import TextPair
 from jaxpref.data.pairs import Counts, TokenPair, TooLong
 from jaxpref.data.tokenizer import Tokenizer
-from jaxpref.models import decoder, pretrained
+from jaxpref.models import attention as attentions
+from jaxpref.models import blocks, decoder, pretrained
 from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
+from jaxpref.training import parallel
 from jaxpref.training.pairset import PairSet
 
 SMALL: Any = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 32,
@@ -29,7 +33,25 @@ DATE = str(chat.DATE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Compute:
+    """How a run computes, as flags of a command line."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products and the residual stream; parameters are float32."""
+    precision: blocks.Precision = "highest"
+    """Of matrix products. On GPU and TPU `high` and `default` round the inputs of a float32
+    product, and small updates vanish or are invented."""
+    attention: attentions.Kind = "xla"
+    """`xla` holds all scores; `cudnn` is for GPUs and bfloat16, `splash` for TPUs."""
+    remat: bool = False
+    """Compute each layer's states again in the backward pass, instead of keeping them."""
+    mesh: str = ""
+    """Devices, ``data=2,fsdp=4,tensor=2``: copies of the parameters, slices of them, slices of
+    each layer; pairs are spread over the first two. By default one device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(Compute):
     """Of a run's model and pairs, as flags of a command line."""
 
     model: str | None = None
@@ -74,31 +96,51 @@ def encoded(
 
 
 class Subject(NamedTuple):
-    """A model to look at."""
+    """A model to look at; on a mesh its parameters lie there, and its policy spreads pairs."""
 
     policy: Policy
     params: PyTree
     tokenizer: Tokenizer
     revision: str | None = None  # commit of a model of the hub
+    compute: Compute = Compute()
+
+
+def subject(config: Any, *, seed: int = 0, scan: bool = True) -> Subject:
+    """`open_model` of a configuration's ``model``, computed as it says."""
+    names = [field.name for field in dataclasses.fields(Compute)]
+    compute = Compute(**{name: getattr(config, name) for name in names})
+    return open_model(config.model, compute, seed=seed, scan=scan)
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for it twice: for its hash, and to train
-def open_model(model: str | None, *, seed: int = 0, **options: Any) -> Subject:
+def open_model(
+    model: str | None, compute: Compute = Compute(), *, seed: int = 0, scan: bool = False
+) -> Subject:
     """SmolLM2-135M-Instruct by default, a folder, GGUF file or hub name, or ``small``.
 
     ``small`` is a decoder of 4 layers and width 128 with random weights of this seed, and SmolLM2's
-    tokenizer: the experiment trains it from scratch. Options are the decoder's: with ``scan=True``
-    a program compiles as fast for many layers as for one.
+    tokenizer: the experiment trains it from scratch. With ``scan=True`` a program compiles as fast
+    for many layers as for one.
     """
+    if compute.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"attention: got cudnn on {jax.default_backend()}, expected a GPU, or xla")
+    mesh = parallel.parse(compute.mesh) if compute.mesh else None
+    options: dict[str, Any] = {
+        "compute_dtype": jnp.dtype(compute.dtype), "precision": compute.precision,
+        "attention": compute.attention, "remat": compute.remat, "scan": scan,
+    }  # fmt: skip
     known = model not in (None, "small")
     found = pretrained.load(model, **options) if known else pretrained.smollm2(**options)
     if found.tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer.json, expected one")
-    if model != "small":
-        return Subject(found.policy, found.params, found.tokenizer, found.revision)
-    config = decoder.DecoderConfig(vocab=found.config.vocab, **SMALL)
-    policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(seed), **options))
-    return Subject(policy, params, found.tokenizer)
+    policy, params = found.policy, found.params
+    if model == "small":
+        config = decoder.DecoderConfig(vocab=found.config.vocab, **SMALL)
+        policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(seed), **options))
+    if mesh is not None:
+        policy = parallel.spread(policy, mesh, options["compute_dtype"])
+        params = parallel.put(params, parallel.shardings(params, mesh))
+    return Subject(policy, params, found.tokenizer, found.revision, compute)
 
 
 def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
@@ -108,7 +150,9 @@ def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
 
 def provenance(subject: Subject, data: str, skipped: Sequence[str]) -> dict[str, Any]:
     """The same of data of any kind, by its hash."""
-    found: dict[str, Any] = {"model": pretrained.hash_params(subject.params), "data": data}
+    params = parallel.to_host(subject.params)
+    found: dict[str, Any] = {"model": pretrained.hash_params(params), "data": data}
+    found |= {"dtype": subject.compute.dtype, "precision": subject.compute.precision}
     found |= {"model_revision": subject.revision} if subject.revision else {}
     return found | {"skipped": without_folders(skipped)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
@@ -18,6 +19,7 @@ from experiments.protocol import checks, inputs
 from jaxpref import runs
 from jaxpref.data import hub
 from jaxpref.score import command as line
+from jaxpref.training import parallel
 
 Arrays = Mapping[str, np.ndarray]
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -27,10 +29,10 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "legend.fram
 def kept(folder: Path | None, name: str, make: Callable[[], Arrays]) -> dict[str, np.ndarray]:
     """The arrays of one part of a run: read if `folder` has them, else made and kept there."""
     file = folder / "parts" / f"{name}.npz" if folder else None
-    if file and file.exists():
+    if file and parallel.agreed(file.exists):
         return runs.load_arrays(file)
-    arrays = {key: np.asarray(value) for key, value in make().items()}
-    if file:
+    arrays = {key: np.asarray(value) for key, value in parallel.to_host(dict(make())).items()}
+    if file and jax.process_index() == 0:
         file.parent.mkdir(exist_ok=True)
         runs.save_arrays(file, arrays)
     return arrays
@@ -97,9 +99,13 @@ def command(
     if unknown:
         sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
     with line.one_line(experiment, again="--resume goes on"):
+        parallel.start()
         checks.finite(settings)
         shared = {"workers": options.workers} if isinstance(options, Shared) else {}
         checks.at_least(1, options, *shared)
+        if shared.get("workers", 1) > 1 and jax.default_backend() != "cpu":
+            raise ValueError(f"workers: got {shared['workers']} on {jax.default_backend()}, "
+                             "expected 1: each would take the device whole")  # fmt: skip
         made_of = {**hashes(settings), **hub.data_revision(getattr(settings, "data", None))}
         run_folder = runs.create(
             experiment, options.name, dataclasses.asdict(settings), resume=options.resume,
@@ -110,6 +116,8 @@ def command(
         numbered = itertools.count()
         lines = [{"step": next(numbered), **each} for each in metrics(settings, arrays)]
         run_folder.save(arrays=arrays, summary={"rows": rows}, metrics=lines)
+        if not run_folder.writes:
+            return
         print(report(settings, rows))
         with plt.rc_context(STYLE):
             print(f"\nfigure: {run_folder.save_figure(draw(settings, arrays))}")

@@ -74,7 +74,7 @@ def load(config: Protocol) -> tuple[inputs.Subject, PairSet]:
     """Model and pairs of a run; raises for settings that cannot be run."""
     check(config)
     found = texts_of(config)
-    subject = inputs.open_model(config.model, scan=True)
+    subject = inputs.subject(config)
     fitting, counts = inputs.encoded(config, found.rows, subject, too_long="drop")
     pairs = PairSet.of(subject.policy, fitting, skipped=(*found.faults, *counts.faults))
     split(config, pairs, 0)

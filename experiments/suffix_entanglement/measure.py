@@ -65,7 +65,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
 
         def begin(seed, pairs=pairs, params=subject.params, compiled=compiled):
             if config.model == "small":
-                params = inputs.open_model("small", seed=seed, scan=True).params
+                params = inputs.subject(config, seed=seed).params
             return arms.begin(config, compiled, pairs, params, seed)
 
         def first(begun, text=text):

@@ -123,7 +123,7 @@ def run(config: Config, folder: Path | None = None) -> dict[str, np.ndarray]:
     a fixed refusal and a fixed compliance; ``rate_losses [rates looks]`` decided the ``rate``.
     """
     prompts = split(config)
-    subject = inputs.open_model(config.model, scan=True)
+    subject = inputs.subject(config)
     bench = Bench(config, subject, prompts, pairs.prepare(config, subject.tokenizer, prompts))
     every = arms(config)
     bar = tqdm(total=2 + config.seeds * (1 + len(every)), desc="unalignment", unit="part")

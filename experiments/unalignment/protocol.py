@@ -31,7 +31,7 @@ PROBES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(inputs.Compute):
     """All that decides the numbers."""
 
     train: int = 48
@@ -184,7 +184,7 @@ def arms(config: Config) -> list[Arm]:
 def hashes(config: Config) -> dict[str, Any]:
     """Of model and prompts, and the rows that were skipped, for the provenance."""
     texts = split(config)
-    subject = inputs.open_model(config.model, scan=True)
+    subject = inputs.subject(config)
     data = hashlib.sha256("\n".join(itertools.chain(*texts)).encode()).hexdigest()
     skipped = prompts.read(config.prompts, bad=inputs.dropped(config)).faults
     return inputs.provenance(subject, data, skipped)

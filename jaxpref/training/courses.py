@@ -27,6 +27,7 @@ from jaxpref import gradients
 from jaxpref.data import batches
 from jaxpref.data.batches import Batch
 from jaxpref.logprobs import Scores
+from jaxpref.training import parallel
 from jaxpref.training.objectives import Objective, pull
 from jaxpref.training.pairset import PairSet, joined
 
@@ -248,7 +249,7 @@ def train(
         told = run.number(loss), jnp.float32(rate), jnp.float32(scale), course.swap(parts), gram
         params, state, *found = run.step(optimizer, params, state, parts, *told)
         back = np.argsort(rows_of(parts))[np.argsort(np.argsort(index[n]))]
-        return params, state, *(np.asarray(x)[back] for x in found)
+        return params, state, *(x[back] for x in parallel.to_host(found))
 
     reference, start = pairs.known.copy(), functools.partial(jax.tree.map, jnp.copy, params)
     reference[index[0]] = step(start(), optimizer.init(params), 0, 0.0)[2]

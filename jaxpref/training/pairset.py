@@ -17,6 +17,7 @@ from jaxpref.data.pairs import TokenPair, sha256
 from jaxpref.logprobs.responses import Targets, find_targets, right_padded
 from jaxpref.models import bounds
 from jaxpref.models.decoder import Policy
+from jaxpref.training import parallel
 
 QUANTILES = (0.25, 0.5, 0.7, 0.85, 0.95, 1.0)  # of the pairs' lengths, where sizes end
 FEW = 64  # pairs for which one size will do: each costs a compilation
@@ -211,7 +212,7 @@ class PairSet:
         by_length, found = np.argsort(self.needs[rows], kind="stable"), []
         for begin in range(0, len(rows), batch):
             filled = np.resize(rows[by_length[begin : begin + batch]], batch)
-            found.append(jax.tree.map(np.asarray, function(self.rows(filled))))
+            found.append(parallel.to_host(function(self.rows(filled))))
         back = np.argsort(by_length)  # the filling stands behind the last pair
         return jax.tree.map(lambda *x: _joined(x)[back], *found)
 

@@ -12,7 +12,7 @@ they are used) and ``tensor`` (each device computes its heads and its part of th
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,25 @@ def mesh(
         raise ValueError(f"mesh: {wanted} devices, expected all {len(devices)} of the processes")
     devices = devices[: math.prod(sizes)]
     return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def parse(text: str) -> Mesh:
+    """`mesh` of a text like ``data=2,fsdp=4``.
+
+    Raises:
+      ValueError: another text, by the part that cannot be read; sizes as `mesh`.
+
+    >>> dict(parse("data=1").shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal():
+            expected = f"one of {', '.join(AXES)}, each once, with a number, as data=2,fsdp=4"
+            raise ValueError(f"mesh: got {part.strip()!r}, expected {expected}")
+        sizes[name] = int(size)
+    return mesh(**{"data": 1, **sizes})
 
 
 def start() -> None:
@@ -196,10 +215,23 @@ def to_host(tree: PyTree) -> PyTree:
     return jax.tree.map(one, tree)
 
 
+def agreed(asked: Callable[[], bool]) -> bool:
+    """What the first process answers, on all of them: a decision that is made once.
+
+    >>> agreed(lambda: True)
+    True
+    """
+    if jax.process_count() == 1:
+        return asked()
+    answer = asked() if jax.process_index() == 0 else False
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
 def spread(policy: Policy, mesh: Mesh, dtype: Any = None) -> Policy:
     """A policy whose batches are spread, and whose unembedding is gathered once a pass.
 
-    Without it XLA gathers the table anew in every round of a loop over its rows.
+    Without it XLA gathers the table anew in every round of a loop over its rows. A batch that the
+    devices do not divide is computed by each of them.
 
     Args:
       policy: a model.
@@ -210,8 +242,11 @@ def spread(policy: Policy, mesh: Mesh, dtype: Any = None) -> Policy:
     Returns:
       A policy of the same numbers.
     """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def hidden(params, tokens, *arguments):
+        if len(tokens) % devices:
+            return policy.hidden(params, tokens, *arguments)
         return shard(policy.hidden(params, shard(tokens, mesh), *arguments), mesh)
 
     def unembedding(params):
