@@ -263,18 +263,23 @@ def test_one_update_moves_adapters_and_a_checkpoint_holds_nothing_else(tmp_path)
     }  # fmt: skip
 
 
-def test_on_two_devices_the_numbers_are_those_of_one():
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["data", "fsdp"])
+def test_on_two_devices_the_numbers_are_those_of_one(sizes):
     base, params, policy, adapters = adapted()
-    pairs, mesh, optimizer = PairSet.of(policy, PAIRS), parallel.mesh(), optax.sgd(0.1)
-    whole = parallel.replicated(mesh)
-    spread = PairSet.of(lora.attach(base, parallel.put(params, whole), alpha=ALPHA), PAIRS)
+    mesh, optimizer = parallel.mesh(*sizes), optax.sgd(0.1)
+    # The base is put where it is to lie before its refs are made: cut, as a state is.
+    cut = parallel.put(params, parallel.shardings(params, mesh))
+    there = parallel.spread(lora.attach(base, cut, alpha=ALPHA), mesh)
     loss = lambda scores, _: scores.logp[:, 1] - scores.logp[:, 0]  # noqa: E731
     found = []
-    for each, options in ((pairs, {}), (spread, {"mesh": mesh})):
+    for each, options in ((policy, {}), (there, {"mesh": mesh})):
+        pairs = PairSet.of(each, PAIRS)
         state = init_state(jax.tree.map(jnp.copy, adapters), optimizer, key=jax.random.key(0))
-        state = parallel.put(state, whole) if options else state
-        step = make_step(each.score, loss, optimizer, **options)
-        found.append(step(state, each.rows([0, 1]))[0].params)
+        if options:
+            options["shardings"] = parallel.shardings(state, mesh)
+            state = parallel.put(state, options["shardings"])
+        step = make_step(pairs.score, loss, optimizer, **options)
+        found.append(step(state, pairs.rows([0, 1]))[0].params)
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
 
@@ -308,6 +313,28 @@ def test_fast_grams_are_those_of_plain_gradients(scan):
     np.testing.assert_allclose(found.gram, flat @ flat.swapaxes(1, 2), rtol=1e-9)
     one = jax.tree.map(lambda x: x[:1], batch)
     assert {*gradients.explain(pairs.logp, adapters, one).values()} <= {"tokens", "layer"}
+
+
+def test_token_grams_sum_to_those_of_responses():
+    """The unembedding is none of the parameters, and has no part."""
+    base, params = build(dataclasses.replace(SMALL, layers=1))
+    policy = lora.attach(base, params, alpha=ALPHA)
+    adapters = moved(lora.draw(params, rank=2, key=jax.random.key(5)))
+    both, targets = TOKENS[:, :-1], jnp.asarray(TOKENS[:, 1:])
+
+    def hidden(params, tokens):
+        return policy.hidden(params, tokens[None])[0]
+
+    def logp(params, example):
+        logits = hidden(params, example[0]) @ policy.unembedding(params).T
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), example[1][:, None], axis=1).sum()
+
+    found = jax.jit(
+        lambda p: gradients.token_gram(hidden, policy.unembedding, p, both, targets).gram
+    )(adapters)
+    flat = slopes(logp, adapters, (both, targets))
+    flat = np.concatenate([np.reshape(x, (2, -1)) for x in jax.tree.leaves(flat)], axis=1)
+    np.testing.assert_allclose(found.sum(axis=(1, 3)), flat @ flat.T, rtol=1e-9)
 
 
 def test_at_the_start_the_mean_gram_is_that_of_the_kernels_made_smaller():

@@ -17,6 +17,7 @@ from jaxpref.data.pairs import Counts, TokenPair, TooLong
 from jaxpref.data.tokenizer import Tokenizer
 from jaxpref.models import attention as attentions
 from jaxpref.models import blocks, decoder, pretrained
+from jaxpref.models import lora as low_rank
 from jaxpref.models.decoder import Policy
 from jaxpref.score import command as line
 from jaxpref.training import parallel
@@ -24,6 +25,8 @@ from jaxpref.training.pairset import PairSet
 
 SMALL: Any = {"width": 128, "layers": 4, "heads": 4, "kv_heads": 4, "head_width": 32,
               "mlp_width": 384}  # fmt: skip
+
+SCALE = 2.0  # of adapters: their alpha is twice their rank
 
 Bad = Literal["error", "skip"]
 """What becomes of a row that cannot be used: an error, or left out, counted and named."""
@@ -45,6 +48,9 @@ class Compute:
     """`xla` holds all scores; `cudnn` is for GPUs and bfloat16, `splash` for TPUs."""
     remat: bool = False
     """Compute each layer's states again in the backward pass, instead of keeping them."""
+    lora: int = 0
+    """Rank of low-rank adapters, which are trained in place of the model; 0 trains the model. A
+    learning rate for them is usually ten times larger."""
     mesh: str = ""
     """Devices, ``data=2,fsdp=4,tensor=2``: copies of the parameters, slices of them, slices of
     each layer; pairs are spread over the first two. By default one device."""
@@ -103,6 +109,13 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
     revision: str | None = None  # commit of a model of the hub
     compute: Compute = Compute()
+    base: str | None = None  # hash of the frozen model, where adapters are the parameters
+
+    @property
+    def digest(self) -> str:
+        """Of all numbers that decide what it computes."""
+        found = pretrained.hash_params(parallel.to_host(self.params))
+        return f"{self.base}+{found}" if self.base else found
 
 
 def subject(config: Any, *, seed: int = 0, scan: bool = True) -> Subject:
@@ -120,8 +133,13 @@ def open_model(
 
     ``small`` is a decoder of 4 layers and width 128 with random weights of this seed, and SmolLM2's
     tokenizer: the experiment trains it from scratch. With ``scan=True`` a program compiles as fast
-    for many layers as for one.
+    for many layers as for one. With ``lora`` the parameters are adapters of this rank of all the
+    layers' kernels, at a scale of 2, and the model is frozen.
     """
+    if compute.lora < 0:
+        raise ValueError(f"lora: got {compute.lora}, expected a rank, or 0 for none")
+    if compute.lora and model == "small":
+        raise ValueError(f"lora: got {compute.lora} with model small, expected a trained model")
     if compute.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(f"attention: got cudnn on {jax.default_backend()}, expected a GPU, or xla")
     mesh = parallel.parse(compute.mesh) if compute.mesh else None
@@ -140,7 +158,13 @@ def open_model(
     if mesh is not None:
         policy = parallel.spread(policy, mesh, options["compute_dtype"])
         params = parallel.put(params, parallel.shardings(params, mesh))
-    return Subject(policy, params, found.tokenizer, found.revision, compute)
+    base = None
+    if compute.lora:
+        adapters = low_rank.draw(params, rank=compute.lora, key=jax.random.key(0))
+        base = pretrained.hash_params(parallel.to_host(params))
+        policy = low_rank.attach(policy, params, alpha=SCALE * compute.lora)
+        params = parallel.put(adapters, parallel.replicated(mesh)) if mesh else adapters
+    return Subject(policy, params, found.tokenizer, found.revision, compute, base)
 
 
 def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
@@ -150,8 +174,7 @@ def hashes(subject: Subject, pairs: PairSet) -> dict[str, Any]:
 
 def provenance(subject: Subject, data: str, skipped: Sequence[str]) -> dict[str, Any]:
     """The same of data of any kind, by its hash."""
-    params = parallel.to_host(subject.params)
-    found: dict[str, Any] = {"model": pretrained.hash_params(params), "data": data}
+    found: dict[str, Any] = {"model": subject.digest, "data": data}
     found |= {"dtype": subject.compute.dtype, "precision": subject.compute.precision}
     found |= {"model_revision": subject.revision} if subject.revision else {}
     return found | {"skipped": without_folders(skipped)}

@@ -39,7 +39,7 @@ def token_gram(
         hidden_fn: ``(params, example)`` to the states that predict the example's tokens, without
             a batch axis.
         unembedding_fn: ``params`` to the matrix that reads them, ``logits = hidden @ W.T``: one of
-            the parameters, or one transposed or rounded.
+            the parameters, or one transposed or rounded, or an array that depends on none of them.
         params: Any pytree of floating arrays.
         examples: Pytree of arrays with a first axis; for a pair its two responses.
         targets: The predicted tokens' ids. Rows of padding are of no meaning and harm no others.
@@ -83,11 +83,13 @@ def token_gram(
         one, n = _inputs.first_of((examples, targets))
         with plain.ASKED(True):
             square = n, targets.shape[1]
-            planned = Planned(hidden_of, params, one, square, tables=frozenset({leaf}))
-        if planned.plans[leaf].rule != "shared":
+            tables = frozenset() if leaf is None else frozenset({leaf})
+            planned = Planned(hidden_of, params, one, square, tables=tables)
+        if leaf is not None and planned.plans[leaf].rule != "shared":
             where = f"params{planned.paths[leaf]}"
             raise ValueError(f"{where}: is not only a table, expected a function of all tokens")
-        hidden, parts = planned.grams((examples, targets), directions, {leaf: head})
+        further = None if leaf is None else {leaf: head}
+        hidden, parts = planned.grams((examples, targets), directions, further)
         unembedding = unembedding_fn(params).astype(hidden.dtype)
         logits = contractions.product(hidden, unembedding, 2, 1)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
@@ -104,12 +106,15 @@ def _logit_slopes(
     return one_hot - jax.nn.softmax(logits)
 
 
-def _read_by(unembedding_fn: Callable, params: PyTree) -> tuple[int, tuple[int, ...]]:
-    """Which parameter a function returns, and the order of its axes."""
+def _read_by(unembedding_fn: Callable, params: PyTree) -> tuple[int | None, tuple[int, ...]]:
+    """Which parameter a function returns, None if it reads none, and the order of its axes."""
     leaves, structure = jax.tree.flatten(params)
     program = programs.trace(lambda leaves: unembedding_fn(structure.unflatten(leaves)), leaves)
     inputs = [insertion.Parameter(i, x, axes=tuple(range(x.ndim))) for i, x in enumerate(leaves)]
-    (found,) = insertion.Walk().run(*program, inputs)
+    walk = insertion.Walk()
+    (found,) = walk.run(*program, inputs)
+    if not isinstance(found, insertion.Parameter) and not walk.sites:
+        return None, (0, 1)
     if not isinstance(found, insertion.Parameter) or found.axes not in ((0, 1), (1, 0)):
         raise ValueError("unembedding_fn: computes, expected it to return one of the parameters")
     return found.leaf, found.axes

@@ -113,7 +113,11 @@ def start() -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
         if jax.config.jax_platforms == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize()
+        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        processes, number = (
+            int(os.environ[name]) if name in os.environ else None for name in names
+        )
+        jax.distributed.initialize(num_processes=processes, process_id=number)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -51,7 +51,8 @@ def only(optimizer: optax.GradientTransformation, mask: PyTree) -> optax.Gradien
         _check(params, mask)
         return optax.EmptyState()
 
-    def cut(updates: PyTree, state: optax.EmptyState, _: Any = None) -> Any:
+    def cut(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
+        del params
         return jax.tree.map(_cut, updates, mask), state
 
     entries = optax.GradientTransformation(init, cut)
