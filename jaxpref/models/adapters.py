@@ -6,8 +6,9 @@ a file's scale is ``lora_alpha / r``, with ``use_rslora`` ``lora_alpha / sqrt(r)
 number may be another for some modules (``rank_pattern``, ``alpha_pattern``); here it is ``alpha /
 rank`` always, so `load` gives the `alpha` that makes it so.
 
-Query, key and value are one module in GPT-2 and GPT-NeoX and three here. One such adapter becomes
-three that begin with the same A; three become one of the sum of their ranks, its B in blocks.
+Query, key and value are one module in GPT-2, GPT-NeoX and Phi-3 and three here (as are Phi-3's gate
+and up one and two). One such adapter becomes three that begin with the same A; three become one of
+the sum of their ranks, its B in blocks.
 """
 
 import json

@@ -12,8 +12,13 @@ from jaxpref.models import adapters, lora, pretrained
 FAMILIES = [  # and whether the layers are stacked
     ("llama", True), ("mistral", False), ("gpt2", False), ("gpt2", True), ("gpt_neox", False),
     ("gpt_neox", True), ("olmo", False), ("gemma", True), ("qwen2", True), ("qwen3", False),
+    ("phi3", True), ("gemma3_text", False), ("olmo2", True),
 ]  # fmt: skip
-FUSED = {"gpt2": ["c_attn", "mlp.c_proj"], "gpt_neox": ["query_key_value", "dense_h_to_4h"]}
+FUSED = {
+    "phi3": ["qkv_proj", "gate_up_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+}
 
 
 def adapted(case, **options):
