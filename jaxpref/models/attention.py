@@ -1,7 +1,7 @@
 """Softmax attention of query groups: by plain products, by cuDNN, or by a TPU kernel."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,8 @@ def _kernel(query, key, value, attend, *, cap, interpret):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**{f"block_{name}": BLOCK for name in names})
+    blocks: dict[str, Any] = {f"block_{name}": BLOCK for name in names}
+    sizes = splash.BlockSizes(**blocks)
 
     def one(query, key, value, attend):
         mask = jnp.broadcast_to(attend[None], (query.shape[1], *attend.shape))

@@ -86,7 +86,7 @@ def programs(
         return changes[name](gram, found).astype(found.dtype) if name in changes else found
 
     def gradient(params, parts, index, scale, swap, gram):
-        def shown(x):  # there and back
+        def shown(x: Array) -> Array:  # there and back
             return jnp.where(swap[:, None], x[:, ::-1], x)
 
         batch = joined(parts)
@@ -95,7 +95,7 @@ def programs(
         batch = batch._replace(reference=shown(batch.reference))
         gram = jnp.where(swap[:, None, None], gram[:, ::-1, ::-1], gram)
         slopes = [functools.partial(pull_of, name) for name in losses]
-        pulls = shown(jax.lax.switch(index, slopes, seen, batch, gram))
+        pulls: Array = shown(jax.lax.switch(index, slopes, seen, batch, gram))
         mean = (pulls / jnp.asarray(scale, pulls.dtype) / len(pulls)).astype(scores.logp.dtype)
         (found,) = back(Scores(mean, jnp.zeros_like(scores.lengths)))
         return scores.logp, pulls, found

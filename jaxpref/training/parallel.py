@@ -101,7 +101,7 @@ def parse(text: str) -> Mesh:
             expected = f"one of {', '.join(AXES)}, each once, with a number, as data=2,fsdp=4"
             raise ValueError(f"mesh: got {part.strip()!r}, expected {expected}")
         sizes[name] = int(size)
-    return mesh(**{"data": 1, **sizes})
+    return mesh(sizes.get("data", 1), sizes.get("fsdp", 1), sizes.get("tensor", 1))
 
 
 def start() -> None:
@@ -111,12 +111,10 @@ def start() -> None:
     ``JAX_PROCESS_ID``; without the first of them nothing happens. Before any use of a device.
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
-        if jax.config.jax_platforms == "cpu":
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
         names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        processes, number = (
-            int(os.environ[name]) if name in os.environ else None for name in names
-        )
+        processes, number = (int(x) if (x := os.environ.get(name)) else None for name in names)
         jax.distributed.initialize(num_processes=processes, process_id=number)
 
 
