@@ -89,8 +89,8 @@ def step_of(
     def shape(*axes: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((pairs, *axes), dtype, sharding=spread)
 
-    text = [shape(2, tokens, dtype=kind) for kind in (jnp.int32, jnp.bool_, jnp.bool_)]
-    batch = Batch(*text, shape(2, dtype=jnp.float32), shape(dtype=jnp.int32))
+    ids, real, scored = (shape(2, tokens, dtype=x) for x in (jnp.int32, jnp.bool_, jnp.bool_))
+    batch = Batch(ids, real, scored, shape(2, dtype=jnp.float32), shape(dtype=jnp.int32))
 
     def score(params, batch):
         rooms = {"packed_time": 3 * tokens // 2, "max_response": tokens // 2}
@@ -195,7 +195,7 @@ def decoding() -> dict[str, Any]:
     prompt = np.ones((8, 64), np.int32)
     draw = functools.partial(sampling.sample, policy, max_new=64, key=jax.random.key(0))
     program = jax.jit(lambda p: draw(p, prompts=prompt, is_prompt=prompt > 0))
-    text = program.lower(params).compile().as_text()
+    text = str(program.lower(params).compile().as_text())
     cache = f"[{config.layers},8,{config.kv_heads},127,{config.head_width}]"
     made = re.findall(rf"= \S*{re.escape(cache)}\S* (?:copy|broadcast)\(", text)
     weights = re.findall(rf"= \S*\[{config.layers},\d+,\d+\]\S* (?:copy|fusion)\(", text)

@@ -105,7 +105,7 @@ def _splash(query, key, value, attend, cap):
         jnp.pad(attend, [(0, 0), (0, more), (0, more)]) | jnp.eye(time + more, dtype=bool)[None]
     )
     attend = jnp.broadcast_to(attend, (batch, *attend.shape[1:]))
-    mixed = jax.lax.platform_dependent(
+    mixed: Any = jax.lax.platform_dependent(
         query.transpose(0, 2, 3, 1, 4), key, value, attend,
         tpu=partial(_kernel, cap=cap, interpret=False),
         default=partial(_kernel, cap=cap, interpret=True),

@@ -86,7 +86,7 @@ def programs(
         return changes[name](gram, found).astype(found.dtype) if name in changes else found
 
     def gradient(params, parts, index, scale, swap, gram):
-        def shown(x: Array) -> Array:  # there and back
+        def shown(x: Any) -> Array:  # there and back
             return jnp.where(swap[:, None], x[:, ::-1], x)
 
         batch = joined(parts)
