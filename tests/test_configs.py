@@ -165,6 +165,27 @@ GEMMA3 = {  # gemma-3-270m
     "attention_bias": False,
     "use_bidirectional_attention": False,
 }
+GEMMA2 = {  # gemma-2-27b
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 4608,
+    "intermediate_size": 36864,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "query_pre_attn_scalar": 144,
+    "sliding_window": 4096,
+    "sliding_window_size": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "cache_implementation": "hybrid",
+}
 OLMO2 = {  # OLMo-2-1124-7B
     "model_type": "olmo2",
     "vocab_size": 100352,
@@ -285,6 +306,20 @@ EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; th
         query_key_norm=True,
         embedding_scale=640**0.5,
     ),
+    "gemma2": DecoderConfig(
+        *(256000, 4608, 46, 32, 16, 128, 36864),
+        norm_epsilon=1e-6,
+        norm_offset=1.0,
+        norms="both",
+        activation="gelu_tanh",
+        max_positions=8192,
+        window=4096,
+        sliding=(True, False) * 23,
+        score_width=144.0,
+        score_cap=50.0,
+        logit_cap=30.0,
+        embedding_scale=4608**0.5,
+    ),
     "olmo2": DecoderConfig(
         *(100352, 4096, 32, 32, 32, 128, 11008),
         norm_epsilon=1e-6,
@@ -308,7 +343,7 @@ EXPECTED = {  # vocab, width, layers, heads, kv_heads, head_width, mlp_width; th
 PUBLISHED = {
     values["model_type"]: values
     for values in (
-        *(LLAMA, MISTRAL, GPT2, PYTHIA, OLMO, OLMO2, GEMMA, GEMMA3),
+        *(LLAMA, MISTRAL, GPT2, PYTHIA, OLMO, OLMO2, GEMMA, GEMMA2, GEMMA3),
         *(QWEN2, QWEN3, PHI3, SMOLLM3),
     )
 }
@@ -482,7 +517,9 @@ def test_factors_of_the_frequencies_are_read_and_written():
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx True is not"),
         (GPT2, {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         (GEMMA, {"use_bidirectional_attention": True}, "bidirectional_attention True is not"),
-        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not support"),
+        (GEMMA2, {"final_logit_softcapping": 0.0}, "logit_cap: got 0.0, expected more than 0"),
+        (GEMMA2, {"final_logit_softcapping": "no"}, "final_logit_softcapping is 'no', expected"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "bidirectional_attention True is not"),
         (GEMMA3, {"sliding_window": None}, "key sliding_window is missing, expected a whole"),
         (GEMMA3, {"layer_types": ["full_attention"]}, "expected a list of 18, one a layer"),
         (GEMMA3, {"layer_types": ["linear_attention"] * 18}, "layer_types has 'linear_attention'"),

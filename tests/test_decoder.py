@@ -37,7 +37,13 @@ FAMILIES = {
     "mistral": dataclasses.replace(ONE, window=3),
     "olmo2": dataclasses.replace(ONE, norms="after", query_key_norm="whole"),
     "gemma2": dataclasses.replace(
-        SMALL, norms="both", window=4, sliding=(True, False), score_width=9.0, score_cap=0.4
+        *(SMALL,),
+        norms="both",
+        window=4,
+        sliding=(True, False),
+        score_width=9.0,
+        score_cap=0.4,
+        logit_cap=3.0,
     ),
     "gemma3": dataclasses.replace(
         SMALL,
@@ -217,7 +223,16 @@ def test_every_family_equals_the_loop(family):
 def test_the_unembedding_is_the_embedding_where_tied(family):
     config, policy, params = family
     name = "embedding" if config.tied else "unembedding"
-    np.testing.assert_array_equal(policy.unembedding(params), params[name][...])
+    table, cap = policy.head(params)
+    np.testing.assert_array_equal(table, params[name][...])
+    assert cap == config.logit_cap
+    if cap is None:
+        np.testing.assert_array_equal(policy.unembedding(params), table)
+    else:
+        with pytest.raises(
+            ValueError, match=r"^unembedding: this model caps its logits at 3\.0, exp"
+        ):
+            policy.unembedding(params)
     assert ("unembedding" in params) != config.tied
 
 
@@ -363,6 +378,7 @@ def test_abstract_has_the_shapes_without_the_numbers():
         ("rotary", (True, True, False)),
         ("local_rope_base", 0.0),
         ("score_cap", -1.0),
+        ("logit_cap", 0.0),
     ],
 )
 def test_bad_configurations_are_named(field, value):

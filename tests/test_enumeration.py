@@ -32,9 +32,16 @@ def features():
 
 @pytest.fixture(scope="module")
 def micro():
-    """A real decoder with a vocabulary that can be counted."""
+    """A real decoder with a vocabulary that can be counted, and capped logits."""
     config = decoder.DecoderConfig(
-        vocab=VOCAB, width=8, layers=1, heads=2, kv_heads=1, head_width=4, mlp_width=8
+        vocab=VOCAB,
+        width=8,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_width=4,
+        mlp_width=8,
+        logit_cap=0.5,
     )
     types = {"param_dtype": jnp.float64, "compute_dtype": jnp.float64}
     policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(0), **types))

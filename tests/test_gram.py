@@ -51,7 +51,7 @@ MODELS = {  # where layers are not shared or scanned one has all rules of its fa
     },
     "qwen2, recomputed": {"qkv_bias": True, "remat": True},
     "qwen3": {"query_key_norm": True, "tied": False},
-    "gemma2": {"norms": "both", "score_width": 9.0, "score_cap": 0.4},
+    "gemma2": {"norms": "both", "score_width": 9.0, "score_cap": 0.4, "logit_cap": 3.0},
     "gemma3, scanned": {
         "layers": 2,
         "norm_offset": 1.0,

@@ -84,6 +84,21 @@ def test_chunks_change_neither_value_nor_gradient(states, plain, vocab_chunk, ti
     close(chunked(vocab_chunk, time_chunk)(*states), plain)
 
 
+def test_a_cap_of_the_logits_is_in_value_and_gradient(states):
+    """Of both heads, and not of the model that has none."""
+    hidden, unembedding, targets, _ = states
+    cap = 1.5
+    heads = [
+        functools.partial(logprobs.token_logprobs, cap=cap),
+        functools.partial(logprobs.token_logprobs_chunked, cap=cap, vocab_chunk=5, time_chunk=3),
+    ]
+    whole, parts = (value_and_slopes(head)(*states) for head in heads)
+    capped = cap * np.tanh(np.asarray(hidden) @ np.asarray(unembedding).T / cap)
+    close(whole[0][1], pick(numpy_logp(capped, np.eye(len(unembedding))), targets))
+    close(parts, whole)
+    assert np.abs(whole[0][1] - logprobs.token_logprobs(hidden, unembedding, targets)).max() > 0.1
+
+
 def test_chunked_gradient_is_that_of_finite_differences(states):
     hidden, unembedding, *rest = states
     fn = chunked(5, 3)
@@ -562,7 +577,7 @@ def test_a_pair_that_needs_more_room_than_the_row_is_refused_and_others_fit():
 
 def test_a_real_decoder_scores_both_layouts_alike():
     sizes = {"heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 32}
-    config = DecoderConfig(vocab=VOCAB, width=16, layers=1, **sizes)
+    config = DecoderConfig(vocab=VOCAB, width=16, layers=1, window=3, logit_cap=2.0, **sizes)
     policy, shapes = abstract(config, param_dtype=jnp.float64, compute_dtype=jnp.float64)
     draw = np.random.default_rng(9)
     params = jax.tree.map(lambda x: draw.normal(0.3, 0.3, x.shape), shapes)

@@ -56,7 +56,9 @@ def log_probabilities(model, text):
     policy, params = model
     tokens = np.pad(text, (0, 16 - len(text)))[None]
     hidden = np.asarray(policy.hidden(params, tokens))[0, : len(text)]
-    logits = hidden @ np.asarray(policy.unembedding(params)).T
+    table, cap = policy.head(params)
+    logits = hidden @ np.asarray(table).T
+    logits = logits if cap is None else cap * np.tanh(logits / cap)
     return logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -110,12 +112,14 @@ def test_greedy_equals_the_uncached_loop(model, left):
     assert found.is_token.all()
 
 
-def test_windows_and_padding_on_the_left_equal_the_uncached_loop():
-    windowed = build(FAMILIES["gemma3"])
+def test_windows_and_capped_logits_equal_the_uncached_loop():
+    windowed = build(FAMILIES["gemma2"])
     options = {"max_new": NEW, "key": KEY, "temperature": 0.0}
     found = sample(*windowed, *padded(PROMPTS, left=2), **options)
     for row, prompt in enumerate(PROMPTS):
         assert found.tokens[row].tolist() == naive_greedy(windowed, prompt, NEW)
+        expected = own_logp(windowed, prompt, found.tokens[row].tolist())
+        np.testing.assert_allclose(found.logp[row], expected, atol=1e-9)
 
 
 def test_learned_positions_and_scanned_layers_equal_the_uncached_loop():

@@ -24,6 +24,7 @@ def token_logprobs_chunked(
     *,
     vocab_chunk: int | None = 4096,
     time_chunk: int | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "*batch time"]:
     """`token_logprobs` that holds the logits of one chunk at a time, also in its derivative.
 
@@ -46,6 +47,7 @@ def token_logprobs_chunked(
         targets: Token ids.
         vocab_chunk: Rows of the unembedding at a time; ``None``: all. Any size, a divisor or not.
         time_chunk: Positions of the time axis at a time; ``None``: all.
+        cap: As in `token_logits`.
 
     Returns:
         Nats, at most 0. NaN where a target is not in the vocabulary.
@@ -62,13 +64,14 @@ def token_logprobs_chunked(
     """
     require_positive(vocab_chunk=vocab_chunk, time_chunk=time_chunk)
     if plain.ASKED.value:
-        return token_logprobs(hidden, unembedding, targets)
+        return token_logprobs(hidden, unembedding, targets, cap=cap)
     rows = min(unembedding.shape[0], vocab_chunk or unembedding.shape[0])
     axis, time = targets.ndim - 1, targets.shape[-1]
     states = cut_time(hidden, time_chunk, axis)
     ids = cut_time(targets.astype(jnp.int32), time_chunk, axis)
     flat = states.reshape(len(states), -1, states.shape[-1]), ids.reshape(len(ids), -1)
-    logp = join_time(_logprobs(rows, flat[0], unembedding, flat[1]).reshape(ids.shape), time, axis)
+    found = _logprobs(rows, cap, flat[0], unembedding, flat[1])
+    logp = join_time(found.reshape(ids.shape), time, axis)
     return jnp.where(in_vocabulary(targets, unembedding), logp, jnp.nan)
 
 
@@ -141,7 +144,7 @@ def _vocabulary_chunk(
 
 
 def _logprobs_forward(
-    rows: int, hidden: Array, unembedding: Array, targets: Array
+    rows: int, cap: float | None, hidden: Array, unembedding: Array, targets: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     def vocabulary(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = part
@@ -149,7 +152,7 @@ def _logprobs_forward(
         def body(carry: tuple[Array, Array, Array], index: Array) -> tuple[tuple, None]:
             top, total, picked = carry
             start, chunk, _, fresh = _vocabulary_chunk(unembedding, index, rows)
-            logits = token_logits(hidden, chunk)
+            logits = token_logits(hidden, chunk, cap)
             new_top = jnp.maximum(top, logits.max(axis=-1))
             level = _level(new_top)
             weights = jnp.where(fresh, jnp.exp(logits - level[:, None]), 0)
@@ -174,7 +177,7 @@ def _level(top: Array) -> Array:
 
 
 def _logprobs_backward(
-    rows: int, residuals: tuple[Array, ...], cotangent: Array
+    rows: int, cap: float | None, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, None]:
     all_hidden, unembedding, all_targets, all_logsumexp = residuals
     wide = accumulator(all_hidden.dtype)
@@ -186,8 +189,10 @@ def _logprobs_backward(
         def body(carry: tuple[Array, Array], index: Array) -> tuple[tuple, None]:
             d_hidden, d_unembedding = carry
             start, chunk, ids, fresh = _vocabulary_chunk(unembedding, index, rows)
-            probability = jnp.exp(token_logits(hidden, chunk) - logsumexp[:, None])
+            logits = token_logits(hidden, chunk, cap)
+            probability = jnp.exp(logits - logsumexp[:, None])
             slope = (ids == targets[:, None]).astype(wide) - probability
+            slope = slope if cap is None else slope * (1 - jnp.square(logits / cap))
             d_logits = jnp.where(fresh, cotangent[:, None] * slope, 0).astype(hidden.dtype)
             d_hidden = d_hidden + product("nv,vd->nd", d_logits, chunk.astype(hidden.dtype))
             before = jax.lax.dynamic_slice_in_dim(d_unembedding, start, rows)
@@ -205,14 +210,15 @@ def _logprobs_backward(
 
 def _logprobs_primal(
     rows: int,
+    cap: float | None,
     hidden: Float[Array, "chunks positions width"],
     unembedding: Float[Array, "vocab width"],
     targets: Int[Array, "chunks positions"],
 ) -> Float[Array, "chunks positions"]:
-    return _logprobs_forward(rows, hidden, unembedding, targets)[0]
+    return _logprobs_forward(rows, cap, hidden, unembedding, targets)[0]
 
 
 # The loop over time is inside too: JAX's own derivative of such a loop keeps, for all of the
 # vocabulary at once, what every slice of time has in common.
-_logprobs = jax.custom_vjp(_logprobs_primal, nondiff_argnums=(0,))
+_logprobs = jax.custom_vjp(_logprobs_primal, nondiff_argnums=(0, 1))
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)

@@ -48,7 +48,7 @@ class Scores(NamedTuple):
 
 
 AnyArray = Array | np.ndarray
-Head = Callable[[Array, Array, Array], Array]  # token_logprobs and its relatives
+Head = Callable[..., Array]  # token_logprobs and its relatives
 
 
 def pair_scores(
@@ -116,7 +116,7 @@ def response_scores(
             `time`.
         head: ``(hidden, unembedding, targets) -> log-probabilities``: `token_logprobs_chunked`,
             the same with other chunks by ``functools.partial``, or `token_logprobs`, which allows
-            ``jax.jvp``.
+            ``jax.jvp``. For a model that caps its logits it also takes ``cap``.
 
     Returns:
         `Scores` of ``[*batch]``. An empty response has logp 0, length 0 and no gradient. A
@@ -139,7 +139,7 @@ def response_scores(
     responses = response_hidden(
         policy, params, tokens, is_token, is_response, max_response=max_response
     )
-    return summed(responses, head(responses.hidden, policy.unembedding(params), responses.targets))
+    return summed(responses, read_out(policy, params, responses, head))
 
 
 def response_hidden(
@@ -216,6 +216,15 @@ def find_targets(
     unpredicted = is_response[..., 0] | (is_response & ~is_token).any(axis=-1)
     refused = unpredicted | (lengths > columns.shape[-1])
     return columns, Targets(targets, is_target, lengths, refused)
+
+
+def read_out(
+    policy: Policy, params: PyTree, responses: Responses, head: Head
+) -> Float[Array, "*batch response"]:
+    """Log-probabilities of the targets; `head` is told of a cap where the model has one."""
+    table, cap = policy.head(params)
+    named = {} if cap is None else {"cap": cap}
+    return head(responses.hidden, table, responses.targets, **named)
 
 
 def gather(

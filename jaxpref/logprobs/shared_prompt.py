@@ -14,6 +14,7 @@ from jaxpref.logprobs.responses import (
     Scores,
     find_targets,
     gather,
+    read_out,
     right_padded,
     summed,
 )
@@ -75,7 +76,7 @@ def shared_prompt_scores(
         packed_time=packed_time,
         max_response=max_response,
     )
-    return summed(responses, head(responses.hidden, policy.unembedding(params), responses.targets))
+    return summed(responses, read_out(policy, params, responses, head))
 
 
 def shared_prompt_hidden(

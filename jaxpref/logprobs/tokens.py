@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from jaxpref.models.blocks import capped
+
 
 def token_logits(
-    hidden: Float[Array, "*batch width"], unembedding: Float[Array, "vocab width"]
+    hidden: Float[Array, "*batch width"],
+    unembedding: Float[Array, "vocab width"],
+    cap: float | None = None,
 ) -> Float[Array, "*batch vocab"]:
     """Next-token logits, ``hidden @ unembedding.T``, in float32 or better.
 
@@ -17,6 +21,7 @@ def token_logits(
     Args:
         hidden: Final-norm hidden states.
         unembedding: One row a token of the vocabulary.
+        cap: Of a model that caps its logits ``z`` (Gemma 2): ``cap tanh(z / cap)``; None has none.
 
     Returns:
         Logits: float64 for float64 hidden states, else float32.
@@ -26,13 +31,15 @@ def token_logits(
 
     Source: the definition.
     """
-    return product("...d,vd->...v", hidden, unembedding.astype(hidden.dtype))
+    return capped(product("...d,vd->...v", hidden, unembedding.astype(hidden.dtype)), cap)
 
 
 def token_logprobs(
     hidden: Float[Array, "*batch time width"],
     unembedding: Float[Array, "vocab width"],
     targets: Int[Array, "*batch time"],
+    *,
+    cap: float | None = None,
 ) -> Float[Array, "*batch time"]:
     r"""Log-probability of each target token; all logits are held at once.
 
@@ -45,6 +52,7 @@ def token_logprobs(
         hidden: Final-norm hidden states; ``hidden[..., t, :]`` predicts ``targets[..., t]``.
         unembedding: One row a token of the vocabulary.
         targets: Token ids. Shifting by one is the caller's task (see `pair_scores`).
+        cap: As in `token_logits`.
 
     Returns:
         Nats, at most 0, in the dtype of `token_logits`. NaN where a target is not in the
@@ -55,7 +63,7 @@ def token_logprobs(
 
     Source: the definition of a softmax language model.
     """
-    logits = token_logits(hidden, unembedding)
+    logits = token_logits(hidden, unembedding, cap)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     logp = picked - jax.nn.logsumexp(logits, axis=-1)
     return jnp.where(in_vocabulary(targets, unembedding), logp, jnp.nan)

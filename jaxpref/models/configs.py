@@ -27,7 +27,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-_CAPS = {"score_cap": "attn_logit_softcapping"}
+_CAPS = {"score_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
 _NULLABLE = ("num_key_value_heads", "head_dim", "n_inner", "clip_qkv", *_CAPS.values())
 _KINDS: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(DecoderConfig)}
 _KINDS |= {"activation": str, "window": int, "clip_qkv": float, "score_width": float}

@@ -87,6 +87,7 @@ class DecoderConfig:
         clip_qkv: Bound on queries, keys and values (OLMo-1 7B), or None.
         score_width: Attention's scores are divided by its root; None: `head_width`.
         score_cap: Bound ``c`` of attention's scores ``s``, as ``c tanh(s / c)`` (Gemma 2), or None.
+        logit_cap: Such a bound of the logits (Gemma 2), or None.
         embedding_scale: Factor on the embedded tokens; ``sqrt(width)`` for Gemma.
         tied: The unembedding is the embedding.
 
@@ -125,6 +126,7 @@ class DecoderConfig:
     clip_qkv: float | None = None
     score_width: float | None = None
     score_cap: float | None = None
+    logit_cap: float | None = None
     embedding_scale: float = 1.0
     tied: bool = True
 
@@ -133,7 +135,14 @@ class DecoderConfig:
         for name in (*sizes, "max_positions", "window"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
-        for name in ("rope_base", "local_rope_base", "score_width", "score_cap", "clip_qkv"):
+        for name in (
+            "rope_base",
+            "local_rope_base",
+            "score_width",
+            "score_cap",
+            "logit_cap",
+            "clip_qkv",
+        ):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}: got {value}, expected more than 0")
         choices = {
@@ -203,24 +212,48 @@ def _no_cache(*_: Any) -> Any:
     raise ValueError("policy: got one without `cached`, expected a decoder's")
 
 
+class Capped(NamedTuple):
+    """How a model whose logits are ``cap * tanh(hidden @ table.T / cap)`` is read."""
+
+    table: Callable[[PyTree], Float[Array, "vocab width"]]
+    cap: float
+
+
 class Policy(NamedTuple):
     """A language model as pure functions of its parameters; ``logits = hidden @ unembedding.T``.
+
+    But of a model that caps its logits (Gemma 2): its `unembedding` raises ValueError, so that
+    nothing reads it as a plain one, and what knows the cap asks `head`.
 
     Attributes:
         hidden: ``(params, tokens, positions=None, attend=None)`` to the hidden states after the
             final norm, ``[batch time width]``; arguments as `Decoder.__call__`.
-        unembedding: ``params`` to ``[vocab width]``.
+        unembedding: ``params`` to ``[vocab width]``; for what reads the logits as a product.
         cached: `hidden` of new tokens after others, for `jaxpref.models.sampling`:
             ``(params, tokens, positions, attend, cache=None, at=0)``, as `Decoder.cached`. Raises
             ValueError where a policy has no such path.
         bounds: Which ids and positions `hidden` reads; others make it NaN.
             `jaxpref.models.bounds.check` names the text before.
+        capped: Of a model that caps its logits; else None.
     """
 
     hidden: Callable[..., Float[Array, "batch time width"]]
     unembedding: Callable[..., Float[Array, "vocab width"]]
     cached: Callable[..., tuple[Float[Array, "batch time width"], PyTree]] = _no_cache
     bounds: Bounds = Bounds()
+    capped: Capped | None = None
+
+    def head(self, params: PyTree) -> tuple[Float[Array, "vocab width"], float | None]:
+        """The table of the logits and their cap, for what honours one: see `blocks.capped`."""
+        if self.capped is None:
+            return jnp.asarray(self.unembedding(params)), None
+        return jnp.asarray(self.capped.table(params)), self.capped.cap
+
+    def with_table(self, table: Callable[[PyTree], Float[Array, "vocab width"]]) -> "Policy":
+        """The same policy with its table found in another way."""
+        if self.capped is None:
+            return self._replace(unembedding=table)
+        return self._replace(capped=self.capped._replace(table=table))
 
 
 class Decoder(nnx.Module):
@@ -340,9 +373,9 @@ class Decoder(nnx.Module):
         placed = None
         if any(kind.slides for kind in kinds(self.config)):
             placed = positions[..., None]
-            if cache is not None:
-                placed = placed.astype(cache.positions.dtype)
-                placed = jax.lax.dynamic_update_slice_in_dim(cache.positions, placed, at, axis=1)
+            if cache is not None and (before := cache.positions) is not None:
+                placed = placed.astype(before.dtype)
+                placed = jax.lax.dynamic_update_slice_in_dim(before, placed, at, axis=1)
         x = self._embed(tokens, positions)
         sights = self._sights(positions, None if placed is None else placed[..., 0], attend)
         past = None if cache is None else cache.layers
@@ -388,14 +421,13 @@ class Decoder(nnx.Module):
         Without `seen_positions` no window hides anything.
         """
         config, found = self.config, {}
-        slides = seen_positions is not None
         for kind in sorted(set(kinds(config))):
             by, seen = None, attend
             if config.positions == "rope":
                 frequencies = blocks.rope_frequencies(config, local=kind.slides)
                 frequencies = frequencies if kind.turns else np.zeros_like(frequencies)
                 by = blocks.rotation(frequencies, positions, blocks.wide(self.compute_dtype))
-            if kind.slides and slides:
+            if kind.slides and config.window is not None and seen_positions is not None:
                 seen = blocks.windowed(config.window, positions, seen_positions, attend)
             found[kind] = by, seen
         return found
@@ -446,6 +478,7 @@ def functional(model: Decoder) -> tuple[Policy, PyTree]:
     """
     graph, params = nnx.split(model, nnx.Param)
     name = "embedding" if model.config.tied else "unembedding"
+    cap = model.config.logit_cap
 
     def hidden(params, tokens, positions=None, attend=None):
         return nnx.merge(graph, params)(tokens, positions, attend)
@@ -453,7 +486,18 @@ def functional(model: Decoder) -> tuple[Policy, PyTree]:
     def cached(params, *arguments):
         return nnx.merge(graph, params).cached(*arguments)
 
-    return Policy(hidden, lambda params: params[name][...], cached, model.bounds), params
+    def table(params):
+        return params[name][...]
+
+    def refuse(params):
+        raise ValueError(
+            f"unembedding: this model caps its logits at {cap}, expected one whose logits are "
+            "hidden @ unembedding.T"
+        )
+
+    if cap is None:
+        return Policy(hidden, table, cached, model.bounds), params
+    return Policy(hidden, refuse, cached, model.bounds, Capped(table, cap)), params
 
 
 def abstract(config: DecoderConfig, **options: Any) -> tuple[Policy, PyTree]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxpref.models.blocks import capped
 from jaxpref.models.decoder import Policy
 
 MAX_VOCAB = 8
@@ -63,14 +64,14 @@ def sequence_logprobs(
     """
     if prompt.size == 0:
         raise ValueError("prompt: got no tokens, expected at least one")
-    W = policy.unembedding(params)
+    W, cap = policy.head(params)
     responses = sequences(vocab=W.shape[0], length=length).astype(prompt.dtype)
     prompts = jnp.broadcast_to(prompt, (responses.shape[0], prompt.size))
     tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)
     hidden = policy.hidden(params, tokens)[:, prompt.size - 1 :]
     dtype = hidden.dtype if jnp.finfo(hidden.dtype).bits >= 32 else jnp.float32
     hidden, W = hidden.astype(dtype), W.astype(dtype)
-    logits = jnp.matmul(hidden, W.T, precision=jax.lax.Precision.HIGHEST)
+    logits = capped(jnp.matmul(hidden, W.T, precision=jax.lax.Precision.HIGHEST), cap)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), responses[..., None], axis=-1)
     return logp.sum(axis=(1, 2))
 

@@ -82,7 +82,7 @@ _AFTER = {
     "layers.*.attention_output_norm": "layers.*.post_attention_layernorm",
     "layers.*.mlp_output_norm": "layers.*.post_feedforward_layernorm",
 }
-_LLAMA_AFTER = _LLAMA._replace(modules=_LLAMA.modules | _AFTER)
+_LLAMA_AFTER = _LLAMA._replace(modules={**_LLAMA.modules, **_AFTER})
 _BOTH = {**_LLAMA_AFTER.modules, "layers.*.mlp_norm": "layers.*.pre_feedforward_layernorm"}
 _LLAMA_BOTH = _LLAMA._replace(modules=_BOTH)
 _GPT2 = Layout(
@@ -138,6 +138,7 @@ _GEMMA3_KEYS = {
     "window": "sliding_window",
     "score_width": "query_pre_attn_scalar",
     "score_cap": "attn_logit_softcapping",
+    "logit_cap": "final_logit_softcapping",
 }
 _GEMMA3_DEFAULTS = {
     **_GEMMA_DEFAULTS,
@@ -203,7 +204,7 @@ FAMILIES = {
         _GEMMA3_KEYS,
         {**_GEMMA3_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         {"norm_offset": 1.0, "norms": "both"},
-        _CAUSAL | {"final_logit_softcapping": None},
+        _CAUSAL,
         slides=lambda values, layer: _not_last(2, layer),
     ),
     "gemma3_text": Family(
@@ -218,7 +219,7 @@ FAMILIES = {
             "sliding_window_pattern": 6,
         },
         {"norm_offset": 1.0, "norms": "both", "query_key_norm": True},
-        _CAUSAL | {"final_logit_softcapping": None},
+        _CAUSAL,
         local_rope_key="rope_local_base_freq",
         slides=lambda values, layer: _not_last(values["sliding_window_pattern"], layer),
     ),
@@ -238,7 +239,7 @@ FAMILIES = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        _LLAMA._replace(modules=_LLAMA.modules | _PHI3, fused="blocks"),
+        _LLAMA._replace(modules={**_LLAMA.modules, **_PHI3}, fused="blocks"),
         _LLAMA_KEYS,
         {**_LLAMA_DEFAULTS, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
         turns_partly=True,

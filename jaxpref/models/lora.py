@@ -162,8 +162,8 @@ def attach(policy: Policy, params: PyTree, *, alpha: Alpha) -> Policy:
         return policy.cached(whole(adapters), *arguments, **named)
 
     # Compiled, for of all that is read here only one table is used.
-    table = jax.jit(lambda: policy.unembedding(structure.unflatten(base())))
-    return Policy(hidden, lambda adapters: table(), cached, policy.bounds)
+    table = jax.jit(lambda: policy.head(structure.unflatten(base()))[0])
+    return policy._replace(hidden=hidden, cached=cached).with_table(lambda adapters: table())
 
 
 def dropped(adapters: Adapters, *, rate: float | int, key: Key[Array, ""]) -> Dropped:

@@ -163,7 +163,8 @@ def _generate(
     room = max_new - 1  # the last token is not encoded
     cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, room), (0, 0)]), cache)
     seen = jnp.pad(seen, ((0, 0), (0, room)), constant_values=True)
-    head = _head(policy.unembedding(params).astype(hidden.dtype))
+    table, cap = policy.head(params)
+    head = _head(table.astype(hidden.dtype), cap)
 
     def draw(state: _State, hidden: Array) -> _State:
         """Adds a token to each running row."""
@@ -199,7 +200,7 @@ def _generate(
     ).samples
 
 
-def _head(unembedding: Array) -> Callable[[Array], Array]:
+def _head(unembedding: Array, cap: float | None) -> Callable[[Array], Array]:
     """Hidden states ``[batch width]`` to logits in at least float32, at the highest precision.
 
     Piece by piece on CPU: XLA's product there of a few states with all tokens at once is ten times
@@ -218,7 +219,8 @@ def _head(unembedding: Array) -> Callable[[Array], Array]:
         return product(hidden, unembedding.T)
 
     def logits(hidden: Array) -> Array:
-        return jax.lax.platform_dependent(hidden, cpu=by_pieces, default=at_once)
+        found = jax.lax.platform_dependent(hidden, cpu=by_pieces, default=at_once)
+        return blocks.capped(found, cap)
 
     return logits
 
@@ -246,7 +248,7 @@ def _check(policy, params, prompts, is_prompt, max_new, temperature, top_p, stop
         raise ValueError(f"temperature: got {temperature}, expected a finite number of at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected in (0, 1]")
-    vocab = jax.eval_shape(policy.unembedding, params).shape[0]
+    vocab = jax.eval_shape(lambda params: policy.head(params)[0], params).shape[0]
     if not all(0 <= token < vocab for token in stop_ids):
         raise ValueError(f"stop_ids: got {tuple(stop_ids)}, expected ids from 0 to {vocab - 1}")
     lengths = np.asarray(is_prompt).sum(axis=1)

@@ -252,11 +252,11 @@ def spread(policy: Policy, mesh: Mesh, dtype: Any = None) -> Policy:
         return shard(policy.hidden(params, shard(tokens, mesh), *arguments), mesh)
 
     def unembedding(params):
-        table = policy.unembedding(params)
+        table, _ = policy.head(params)
         table = table if dtype is None else table.astype(dtype)
         return jax.lax.with_sharding_constraint(table, replicated(mesh))
 
-    return policy._replace(hidden=hidden, unembedding=unembedding)
+    return policy._replace(hidden=hidden).with_table(unembedding)
 
 
 def shard(batch: PyTree, mesh: Mesh | AbstractMesh, *, axis: int = 0) -> Any:

@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jaxpref.models import pretrained
+from jaxpref.models import blocks, pretrained
 
 # Float32 sums in another order, of logits up to about 10.
 TINY = 1e-4
@@ -58,6 +58,7 @@ _GEMMA3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
 }
+_ONE_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 _PAD = {"pad_token_id": 0}  # the family's own is outside a small table
 _PART = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.67}
 CASES = {
@@ -86,6 +87,15 @@ CASES = {
     "qwen3": ("qwen3", {**_SIZES, "head_dim": 10}),
     "qwen2-window": ("qwen2", {**_SIZES, **_SLIDING, "max_window_layers": 1}),
     "olmo2": ("olmo2", _SIZES),
+    "gemma2": ("gemma2", {**_GEMMA3, "attn_logit_softcapping": 2.0, **_ONE_ROPE}),
+    "gemma2-uncapped": (
+        "gemma2",
+        {
+            **(_GEMMA3 | _ONE_ROPE),
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
     "gemma3_text": ("gemma3_text", _GEMMA3),
     "gemma3_text-linear": (
         "gemma3_text",
@@ -132,7 +142,10 @@ def _torch_model(family, settings):
     """A tiny model with no zero bias and no norm of ones: each parameter matters."""
     config = transformers.AutoConfig.for_model(family, **settings)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    # Other kernels of attention know no soft cap.
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -150,7 +163,8 @@ def _torch_logits(model, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(policy, params, tokens):
-    return policy.hidden(params, tokens) @ policy.unembedding(params).T
+    table, cap = policy.head(params)
+    return blocks.capped(policy.hidden(params, tokens) @ table.T, cap)
 
 
 def _logits(model, tokens):
@@ -159,7 +173,11 @@ def _logits(model, tokens):
 
 def _open_torch(folder, **options):
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        **options,
     )
     assert not any(told.values()), told  # missing, unexpected, mismatched
     return model.eval()
