@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from jaxpref.models.blocks import capped
+from jaxpref.models.attention import capped
 
 
 def token_logits(

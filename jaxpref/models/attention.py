@@ -57,7 +57,18 @@ def mix(
 
 
 def capped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
-    """``cap tanh(x / cap)``: about `x` where that is small, never beyond the cap; None is none."""
+    """``cap tanh(x / cap)``: about `x` where that is small, and never beyond the cap.
+
+    Args:
+        x: Any array.
+        cap: None is none.
+
+    Returns:
+        Of the shape of `x`.
+
+    >>> capped(jnp.array([0.0, 1e6]), 30.0).tolist()
+    [0.0, 30.0]
+    """
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 

@@ -36,10 +36,15 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
 
 
 def rope_frequencies(config: "DecoderConfig", *, local: bool = False) -> np.ndarray:
-    """Radians a position for each rotated pair of dimensions, ``[half]``, scaled ones too.
+    """Radians a position for each rotated pair of dimensions, scaled ones too.
 
-    With `local` those of the layers that slide a window, which may have a base of their own; that
-    is never scaled.
+    Args:
+        config: Of the decoder.
+        local: Of the layers that slide a window, which may have a base of their own; that is never
+            scaled.
+
+    Returns:
+        One a pair, ``[half]``.
     """
     rotated = 2 * int(config.head_width * config.rope_fraction / 2)
     if local and config.local_rope_base is not None:

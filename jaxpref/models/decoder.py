@@ -244,7 +244,7 @@ class Policy(NamedTuple):
     capped: Capped | None = None
 
     def head(self, params: PyTree) -> tuple[Float[Array, "vocab width"], float | None]:
-        """The table of the logits and their cap, for what honours one: see `blocks.capped`."""
+        """The table of the logits and their cap, for what honours one: see `attention.capped`."""
         if self.capped is None:
             return jnp.asarray(self.unembedding(params)), None
         return jnp.asarray(self.capped.table(params)), self.capped.cap

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxpref.models.blocks import capped
+from jaxpref.models.attention import capped
 from jaxpref.models.decoder import Policy
 
 MAX_VOCAB = 8

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
-from jaxpref.models import blocks
+from jaxpref.models import attention, blocks
 from jaxpref.models.bounds import check
 from jaxpref.models.decoder import Policy
 
@@ -220,7 +220,7 @@ def _head(unembedding: Array, cap: float | None) -> Callable[[Array], Array]:
 
     def logits(hidden: Array) -> Array:
         found = jax.lax.platform_dependent(hidden, cpu=by_pieces, default=at_once)
-        return blocks.capped(found, cap)
+        return attention.capped(found, cap)
 
     return logits
 

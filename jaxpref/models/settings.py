@@ -25,7 +25,19 @@ _MOST_LAYERS = 10_000  # of a family whose layers differ
 
 
 def typed(key: str, value: Any, kind: type) -> Any:
-    """A value of this type (a finite number, for a number), or an error that names its key."""
+    """A value of this type; a finite number, for a number.
+
+    Args:
+      key: its name.
+      value: as JSON gave it.
+      kind: bool, int, float or str.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: one of another type; names the key.
+    """
     right = isinstance(value, kind) if kind in (bool, str) else _is_number(value)
     if not right or (kind is int and value != int(value)):
         raise ValueError(f"{key} is {short(value)}, expected {word(kind)}")

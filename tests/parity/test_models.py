@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from jaxpref.models import blocks, pretrained
+from jaxpref.models import attention, pretrained
 
 # Float32 sums in another order, of logits up to about 10.
 TINY = 1e-4
@@ -164,7 +164,7 @@ def _torch_logits(model, tokens):
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(policy, params, tokens):
     table, cap = policy.head(params)
-    return blocks.capped(policy.hidden(params, tokens) @ table.T, cap)
+    return attention.capped(policy.hidden(params, tokens) @ table.T, cap)
 
 
 def _logits(model, tokens):
