@@ -79,6 +79,9 @@ def programs(
         losses: By name, of `jaxpref.training.objectives.objective` or like them.
         changes: Of some of the losses, by name: what becomes of their pulls before that pass. The
             Grams are of the parameters before the update, in a program of their own.
+
+    Returns:
+        The programs, for `train`.
     """
 
     def pull_of(name, scores, batch, gram):
@@ -178,7 +181,15 @@ def rows_of(parts: Sequence[Batch]) -> Int[np.ndarray, " batch"]:
 
 
 def coin(pairs: int, seed: int) -> Int[np.ndarray, " swapped"]:
-    """About half of so many pairs, each by a coin: the control that takes the preference away."""
+    """About half of so many pairs, each by a coin: the control that takes the preference away.
+
+    Args:
+        pairs: Their number.
+        seed: Of the coins.
+
+    Returns:
+        Pairs to be shown the wrong way round, for `Course.swapped`.
+    """
     return np.flatnonzero(np.random.default_rng([seed, 16]).random(pairs) < 0.5)
 
 
@@ -232,6 +243,9 @@ def train(
         look: ``(updates done, parameters, optimizer's state)``. These are used up by the next
             update: copy what is to be kept.
         title: Shows a bar with this title (needs tqdm).
+
+    Returns:
+        The parameters, and what was seen before each update.
 
     Raises:
         ValueError: No update.

@@ -63,6 +63,9 @@ def mesh(
       tensor: slices of each layer's heads and MLP.
       devices: by default all.
 
+    Returns:
+      The mesh.
+
     Raises:
       ValueError: an axis below 1, more devices than there are, or fewer than those of all
         processes.
