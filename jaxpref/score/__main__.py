@@ -58,6 +58,9 @@ class Options:
     """A pair over the limit: a bad row, or its prompt loses its first tokens, and it is told."""
     tokens: int = 2048
     """Tokens of a batch."""
+    mesh: str = ""
+    """Devices, ``data=2,fsdp=4``, `jaxpref.training.parallel`; by default pairs are spread over
+    all."""
     filter: Path | None = None
     """Write the rows with the lowest scores here, in the format of the data."""
     by: Score = "alpha_weighted_ches"
@@ -72,8 +75,11 @@ class Options:
 
 
 def main(options: Options) -> dict[str, np.ndarray]:
-    """Reads, scores, writes; returns the columns."""
+    """Reads, scores, writes; returns the columns. Of several processes the first one writes."""
+    parallel.start()
     columns, end, date = _check(options)
+    several = parallel.mesh() if jax.device_count() > 1 else None
+    mesh = parallel.parse(options.mesh) if options.mesh else several
     bad = "error" if options.bad == "error" else "drop"
     found = files.read(options.data, bad=bad, columns=columns)
     _tell_of_copies(found.rows)
@@ -97,9 +103,11 @@ def main(options: Options) -> dict[str, np.ndarray]:
     scores = score_pairs(
         model.policy, model.params, encoded, columns=wanted, tokens=options.tokens,
         places=[pair.place for pair in pairs], folder=folder,
-        mesh=parallel.mesh() if jax.device_count() > 1 else None, made_with=made_with,
+        mesh=mesh, made_with=made_with,
     )  # fmt: skip
     scores = {"row": np.array([pair.row for pair in pairs]), **scores}
+    if jax.process_index():
+        return scores
     about = {
         "model": model.source.name,
         "revision": model.revision,

@@ -173,7 +173,7 @@ def _batch_scores(compute, params, pairs, part: _Part) -> dict[str, np.ndarray]:
     rows = np.resize(part.rows, part.size)  # of the last batch each device gets as many
     batch = batches.collate(pairs, rows, pad_id=0, buckets=[part.length + 1])[:3]
     scores = compute(part.length, params, batch)
-    return {name: np.asarray(x)[: len(part.rows)] for name, x in scores.items()}
+    return {name: x[: len(part.rows)] for name, x in parallel.to_host(scores).items()}
 
 
 def _text_scores(pairs, columns: Collection[str]) -> dict[str, np.ndarray]:
@@ -211,8 +211,9 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
     """The folder belongs to this run, or is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "key.json"
-    if not file.exists():
+    if not parallel.agreed(file.exists):
         _write(file, json.dumps(key).encode())
+        return
     try:
         known = dict(json.loads(file.read_bytes()))
     except (ValueError, TypeError):
@@ -227,10 +228,11 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
 def _kept(file: Path | None, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if file is None:
         return make()
-    if not file.exists():
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **make())
+    if not parallel.agreed(file.exists):
+        content, made = io.BytesIO(), make()
+        np.savez(content, allow_pickle=False, **made)
         _write(file, content.getvalue())
+        return made
     try:
         with file.open("rb") as stream, np.load(stream) as kept:
             return dict(kept)
@@ -239,6 +241,8 @@ def _kept(file: Path | None, make: Callable[[], dict[str, np.ndarray]]) -> dict[
 
 
 def _write(file: Path, content: bytes) -> None:
+    if jax.process_index():
+        return
     temporary = file.with_suffix(".part")
     temporary.write_bytes(content)
     os.replace(temporary, file)
