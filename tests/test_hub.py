@@ -166,7 +166,7 @@ def test_the_commit_is_part_of_a_runs_provenance():
     params, problem = {"w": np.zeros(2, np.float32)}, types.SimpleNamespace(digest="d", skipped=())
     local = inputs.hashes(inputs.Subject(None, params, None), problem)
     named = inputs.hashes(inputs.Subject(None, params, None, FIRST), problem)
-    assert set(local) == {"model", "data", "skipped"}
+    assert set(local) == {"model", "data", "dtype", "precision", "skipped"}
     assert named == {**local, "model_revision": FIRST}
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -96,9 +95,10 @@ def command(
     (settings, options), unknown = tyro.cli(
         parsed, prog=program, description=description, return_unknown_args=True
     )
-    if unknown:
-        sys.exit(f"{experiment}: unknown {' '.join(unknown)}, expected what {program} --help lists")
     with line.one_line(experiment, again="--resume goes on"):
+        if unknown:
+            given = " ".join(unknown)
+            raise ValueError(f"unknown {given}, expected what {program} --help lists")
         parallel.start()
         checks.finite(settings)
         shared = {"workers": options.workers} if isinstance(options, Shared) else {}
