@@ -7,7 +7,7 @@ import multiprocessing
 import numpy as np
 import pytest
 
-from benchmarks import frameworks, losses, pair_gram, sampling, score_pairs, train_step
+from benchmarks import device, frameworks, losses, pair_gram, sampling, score_pairs, train_step
 
 
 @pytest.fixture(autouse=True)
@@ -196,3 +196,19 @@ def test_a_slow_loss_has_a_reason(more, orders, why):
 def test_a_loss_that_is_not_there_is_named():
     with pytest.raises(SystemExit, match="losses: got no_such, expected names of the catalogue"):
         losses.main(dataclasses.replace(losses.SMOKE, losses=("dpo", "no_such")))
+
+
+def test_a_device_is_measured_at_smoke_size(monkeypatch, capsys, tmp_path):
+    parts = ("environment", "ceilings", "attentions")
+    monkeypatch.setattr("sys.argv", ["device", "--tiny", "--only", *parts])
+    monkeypatch.setenv("OUT", str(tmp_path))
+    with pytest.raises(SystemExit) as end:
+        device.main()
+    assert not end.value.code
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "device.json").read_text())
+    assert tuple(last) == parts
+    assert last["ceilings"][0]["relative_error"] < 1e-5 < last["ceilings"][3]["relative_error"]
+    assert last["attentions"][0]["within_twice"]
+    found = device.step("8B", 4, 1024, tiny=True, optimizer="sgd", remat=True)
+    assert found["ms"] > 0 < found["memory_GB"]

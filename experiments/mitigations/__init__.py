@@ -3,7 +3,7 @@
 Claim:   Losses and changes of pulls that were made against displacement keep chosen responses up
          where DPO lowers both, at no loss of margin.
 Run:     python -m experiments.mitigations
-Takes:   about 45 minutes on 2 cores (an estimate)
+Takes:   about an hour on 2 cores (an hour and a half beside other work)
 Expect:  from a supervised start, on pairs with a long common suffix, DPO lowers both responses of
          unseen pairs. A pair's guarantee is of one step of gradient descent on that pair alone:
          whether it holds for Adam, batches and unseen pairs is what is measured.

