@@ -31,7 +31,10 @@ from jaxpref.score.command import one_line
 
 HEADER = "pairs x tokens framework   step s     (min..max) first s peak GB  of GEMM peak"
 ROW = "{:>14} {:<9} {:8.3f} {:7.3f}..{:6.3f} {:7.1f} {:7.2f} {:13.2f}"
-TOLERANCE = 1e-4  # nats a token, float32: about the rounding of 30 layers
+# Nats a token between two float32 programs of 30 layers: root mean square, and largest. Against
+# float64, on 8 pairs of 512 tokens, ours is off by 9e-6 and 9e-5, torch by 6e-6 and 5e-5: rounding
+# both, and of thousands of tokens one is always far out.
+TOLERANCE, LARGEST = 2e-5, 3e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +92,12 @@ def agree(size: Size, logp: dict[str, np.ndarray]) -> None:
     """Ends the program unless all log-probabilities agree."""
     first, *others = logp
     for other in others:
-        apart = float(np.abs(logp[first] - logp[other]).max())
-        if not apart < TOLERANCE:
+        off = np.abs(logp[first].astype(float) - logp[other])
+        mean, most = float(np.sqrt(np.square(off).mean())), float(off.max())
+        if not (mean < TOLERANCE and most < LARGEST):
             sys.exit(
-                f"{size.name}: void: {first} and {other} differ by {apart:.1e} nats on a token"
+                f"{size.name}: void: {first} and {other} differ by {mean:.1e} nats a token, "
+                f"root mean square, and {most:.1e} on one"
             )
 
 

@@ -54,9 +54,10 @@ def test_work_of_a_layer_counted_by_hand():
 
 def test_log_probabilities_that_differ_void_the_comparison():
     size = frameworks.Size(2, 8, 4)
-    near, far = np.zeros(3), np.array([0.0, 2e-4, 0.0])
-    train_step.agree(size, {"jaxpref": near, "torch": near + 5e-5})
-    for bad in (far, np.full(3, np.nan)):
+    near, rounded = np.zeros(1000), np.full(1000, 1e-5)
+    rounded[7] = 2e-4  # one of many is far out
+    train_step.agree(size, {"jaxpref": near, "torch": rounded})
+    for bad in (near + 3e-5, np.where(np.arange(1000) == 7, 4e-4, 0), near + np.nan):
         with pytest.raises(SystemExit, match="void: jaxpref and torch differ"):
             train_step.agree(size, {"jaxpref": near, "torch": bad})
 
