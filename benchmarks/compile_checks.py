@@ -24,19 +24,14 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.configs import CONFIGS
 from jaxpref import losses
 from jaxpref.data.batches import Batch
 from jaxpref.logprobs import shared_prompt_scores
 from jaxpref.models import decoder, sampling
-from jaxpref.models.decoder import DecoderConfig
 from jaxpref.training import parallel
 from jaxpref.training.step import State, init_state, make_step
 
-CONFIGS = {
-    "135M": DecoderConfig(49152, 576, 30, 9, 3, 64, 1536),
-    "1B": DecoderConfig(128256, 2048, 16, 32, 8, 64, 8192),
-    "8B": DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, tied=False),
-}
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.compile_checks import CONFIGS
+from benchmarks.configs import CONFIGS
 from jaxpref import gradients, logprobs, losses
 from jaxpref.data.batches import Batch
 from jaxpref.models import attention, decoder
