@@ -24,6 +24,7 @@ from jaxpref.models.configs import to_json
 from jaxpref.models.decoder import DecoderConfig
 from jaxpref.models.families import FAMILIES
 from jaxpref.models.pretrained import PretrainedError
+from jaxpref.training import parallel
 
 TYPES = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32}
 TYPES |= {float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
@@ -128,6 +129,19 @@ def refused(path):
         pretrained.load(path)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_each_device_gets_its_slices(tmp_path):
+    folder, mesh = write_folder(tmp_path / "model"), parallel.mesh(1, 2)
+    where = functools.partial(parallel.shardings, mesh=mesh)
+    found = pretrained.load(folder, shardings=where, scan=True).params
+    whole = pretrained.load(folder, scan=True).params
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    for leaf, place in zip(*map(jax.tree.leaves, (found, where(whole))), strict=True):
+        assert leaf.sharding == place
+    cut = [x for x in jax.tree.leaves(found) if "fsdp" in str(x.sharding.spec)]
+    assert len(cut) == 8  # all kernels of the stack, and the table along its width
+    assert all(2 * x.addressable_shards[0].data.nbytes == x.nbytes for x in cut)
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -147,17 +147,18 @@ def open_model(
         "compute_dtype": jnp.dtype(compute.dtype), "precision": compute.precision,
         "attention": compute.attention, "remat": compute.remat, "scan": scan,
     }  # fmt: skip
-    known = model not in (None, "small")
-    found = pretrained.load(model, **options) if known else pretrained.smollm2(**options)
+    where = functools.partial(parallel.shardings, mesh=mesh) if mesh else None
+    known = model if model not in (None, "small") else "smollm2"
+    found = pretrained.load(known, shardings=where, **options)
     if found.tokenizer is None:
         raise ValueError(f"model: {model} has no tokenizer.json, expected one")
     policy, params = found.policy, found.params
     if model == "small":
         config = decoder.DecoderConfig(vocab=found.config.vocab, **SMALL)
         policy, params = decoder.functional(decoder.Decoder(config, rngs=nnx.Rngs(seed), **options))
+        params = parallel.put(params, where(params)) if where else params
     if mesh is not None:
         policy = parallel.spread(policy, mesh, options["compute_dtype"])
-        params = parallel.put(params, parallel.shardings(params, mesh))
     base = None
     if compute.lora:
         adapters = low_rank.draw(params, rank=compute.lora, key=jax.random.key(0))

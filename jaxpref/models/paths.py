@@ -51,22 +51,30 @@ def flatten(params: PyTree, layers: int) -> Arrays:
     return found
 
 
-def unflatten(params: PyTree, arrays: Mapping[str, np.ndarray], layers: int) -> PyTree:
-    """Parameters out of arrays.
+def unflatten(
+    params: PyTree, arrays: Mapping[str, np.ndarray], layers: int, shardings: PyTree = None
+) -> PyTree:
+    """Parameters out of arrays, one after the other: no more than one of them is held beside.
 
     Args:
       params: a tree of the wanted shapes and dtypes, as `jaxpref.models.decoder.abstract` gives.
       arrays: by path.
       layers: of the decoder.
+      shardings: a tree of where each lies; each device gets its slices. None is the default device.
 
     Returns:
       A tree like `params`.
     """
-    leaves = []
-    for paths, stacked, leaf in _leaves(params, layers):
+    leaves, places = _leaves(params, layers), jax.tree.leaves(shardings)
+    found = []
+    for (paths, stacked, leaf), place in zip(leaves, places or [None] * len(leaves), strict=True):
         values = [arrays[path] for path in paths]
-        leaves.append(jnp.asarray(np.stack(values) if stacked else values[0], leaf.dtype))
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+        whole = np.asarray(np.stack(values) if stacked else values[0], leaf.dtype)
+        if place is None:
+            found.append(jnp.asarray(whole))
+        else:
+            found.append(jax.make_array_from_callback(whole.shape, place, whole.__getitem__))
+    return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def _leaves(params: PyTree, layers: int) -> list[tuple[list[str], bool, Any]]:

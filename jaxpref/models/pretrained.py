@@ -65,7 +65,12 @@ def smollm2(**decoder_options: Any) -> Pretrained:
     return load(packaged.find("smollm2"), **decoder_options)
 
 
-def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
+def load(
+    path: str | os.PathLike,
+    *,
+    shardings: Callable[[PyTree], PyTree] | None = None,
+    **decoder_options: Any,
+) -> Pretrained:
     """A model from a ``.gguf`` file, a Hugging Face folder, a Python package, or the hub.
 
     Args:
@@ -74,6 +79,9 @@ def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
         `jaxpref.models.families`. Where there is no such path, ``smollm2`` or ``gemma3-270m`` is
         the model of a Python package (`jaxpref.models.packaged`), and ``org/name`` or
         ``org/name@revision`` one of the Hugging Face hub (`jaxpref.data.hub`).
+      shardings: of the parameters' shapes, where they are to lie, such as
+        `jaxpref.training.parallel.shardings` on a mesh: read one after the other, and each device
+        gets its slices. None is the default device.
       **decoder_options: of `jaxpref.models.decoder.Decoder`: ``scan``, ``remat``, dtypes.
 
     Returns:
@@ -90,7 +98,8 @@ def load(path: str | os.PathLike, **decoder_options: Any) -> Pretrained:
     policy, params = decoder.abstract(config, **decoder_options)
     shapes = paths.shapes(params, config.layers)
     arrays = weights.read(opened.tensors, shapes, config, opened.layout)
-    params = paths.unflatten(params, arrays, config.layers)
+    where = shardings(params) if shardings else None
+    params = paths.unflatten(params, arrays, config.layers, where)
     tokenizer = None
     if not path.is_dir():
         tokenizer = Tokenizer.from_gguf(path)

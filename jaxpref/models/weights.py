@@ -4,7 +4,8 @@ A `Layout` says, for one family of files, how a parameter (by its path, see `jax
 is called there and how its numbers lie; reading and writing use the same table.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -134,8 +135,8 @@ def _to_file(
 
 def read(
     source: Source, ours: Mapping[str, Shape], config: DecoderConfig, layout: Layout
-) -> Arrays:
-    """Reads every parameter, after all names and shapes were found right.
+) -> Mapping[str, np.ndarray]:
+    """Every parameter, after all names and shapes were found right; each is read when asked for.
 
     Args:
       source: the tensors on disk.
@@ -144,7 +145,7 @@ def read(
       layout: of the files.
 
     Returns:
-      The parameters by path, in float32.
+      The parameters by path, in float32; of one tensor at a time are held.
 
     Raises:
       PretrainedError: a tensor is missing, is too many, or has another shape.
@@ -157,10 +158,29 @@ def read(
         wanted[twin] = wanted.pop(embedding)  # one table under either name
     expected = {name: _file_shape(paths, ours, layout) for name, paths in wanted.items()}
     _check(source, expected, layout, config)
-    found: Arrays = {}
-    for name, paths in wanted.items():
-        found |= _from_file(paths, source.read(name), ours, config, layout)
-    return found
+
+    @functools.lru_cache(maxsize=1)
+    def tensor(name: str) -> Arrays:
+        return _from_file(wanted[name], source.read(name), ours, config, layout)
+
+    owners = {path: name for name, paths in wanted.items() for path in paths}
+    return _Unread(owners, tensor)
+
+
+class _Unread(Mapping[str, np.ndarray]):
+    """Arrays by path, of the last tensor that was read or of one that is read now."""
+
+    def __init__(self, owners: Mapping[str, str], tensor: Callable[[str], Arrays]):
+        self.owners, self.tensor = owners, tensor
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        return self.tensor(self.owners[path])[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.owners)
+
+    def __len__(self) -> int:
+        return len(self.owners)
 
 
 def write(arrays: Mapping[str, np.ndarray], config: DecoderConfig, layout: Layout) -> Arrays:
