@@ -208,10 +208,11 @@ def _head(unembedding: Array, cap: float | None) -> Callable[[Array], Array]:
     """
     vocab, width = unembedding.shape
     rows, wide = min(vocab, ROWS), blocks.wide(unembedding.dtype)
+    # Here and not where they are read: a table is padded once, and not for each token.
+    pieces = jnp.pad(unembedding, ((0, -vocab % rows), (0, 0))).reshape(-1, rows, width)
     product = partial(jnp.matmul, precision="highest", preferred_element_type=wide)
 
     def by_pieces(hidden: Array) -> Array:
-        pieces = jnp.pad(unembedding, ((0, -vocab % rows), (0, 0))).reshape(-1, rows, width)
         found = jax.lax.map(lambda piece: product(piece, hidden.T), pieces)
         return found.reshape(-1, len(hidden))[:vocab].T
 
