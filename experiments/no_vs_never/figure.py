@@ -95,7 +95,7 @@ def _draw_masses(axes, config: Config, arrays, cell: Cell, at: list[int]) -> Non
     names = "the chosen word", "other words of its meaning", "opposite meaning", "the rejected word"
     colours = [COLOURS[name] for name in parts]
     axes.stackplot(range(len(p)), list(parts.values()), labels=names, colors=colours)
-    axes.legend(loc="lower right", framealpha=0.8, fontsize=8)
+    axes.legend(loc="lower right", frameon=True, framealpha=0.8, fontsize=8)
     axes.set(title="Where the probability is (mean)", xlabel="update", ylim=(0, 1))
     axes.set_xlim(0, len(p) - 1)
 
